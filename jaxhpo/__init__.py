@@ -1,0 +1,2 @@
+from jaxhpo.parameters import Array, Categorical, Float, Int, OneOf, Ordinal
+from jaxhpo.space import Space

@@ -1,0 +1,143 @@
+"""The contract every search method keeps: three pure functions over one pytree, and the trials they speak of."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxhpo.space import Space
+
+PyTree = Any
+
+
+class Trials(NamedTuple):
+    """What a method asks for: a struct of arrays, leading axis = batch, active rows first."""
+
+    hparams: PyTree
+    """shaped like the space, arrays [batch, ...]; constants are `None`"""
+    unit: jax.Array
+    """float[batch, dims] in [0, 1]: the same point in the unit cube"""
+    id: jax.Array
+    """i32[batch]: fresh trials count up, -1 is padding; a trial that goes on keeps its id"""
+    steps: jax.Array
+    """i32[batch]: training steps to run now, equal over the active rows of an ask"""
+    source: jax.Array
+    """i32[batch]: bank slot whose training state to continue, -1 is a fresh one"""
+    slot: jax.Array
+    """i32[batch]: bank slot to write; `method.slots` is not kept"""
+    active: jax.Array
+    """bool[batch]: False is padding"""
+    aux: PyTree = ()
+    """the method's own memory of the row, carried by wrappers and drivers, not recorded"""
+
+
+class Count(NamedTuple):
+    """A leaf of a method's state that does not depend on the key, such as the round."""
+
+    value: jax.Array
+
+
+def count(value: int | jax.Array = 0) -> Count:
+    """A `Count` that starts at `value`."""
+    return Count(jnp.asarray(value, jnp.int32))
+
+
+def axes(state: PyTree) -> PyTree:
+    """The `vmap` axes of a batched state: 0, and `None` at a `Count`, so that branching on one stays a branch.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> method = hpo.random({"x": hpo.Float(0, 1)}, batch=2)
+      >>> states = jax.vmap(method.init, out_axes=hpo.axes(method.init(jax.random.key(0))))(
+      ...     jax.random.split(jax.random.key(0), 8))
+    """
+    is_count = lambda x: isinstance(x, Count)  # noqa: E731
+    return jax.tree.map(lambda x: None if is_count(x) else 0, state, is_leaf=is_count)
+
+
+def keep(state: PyTree, capacity: int) -> PyTree:
+    """`reserve` of a method in which nothing grows."""
+    del capacity
+    return state
+
+
+class Method(NamedTuple):
+    """A search method.
+
+    `init(key, settings=None) -> state`, `ask(key, state, pending=None) -> (trials, state)` and
+    `tell(state, trials, losses, gradients=None) -> state` are pure, `jit`-able and `vmap`-able, with static shapes.
+    """
+
+    name: str
+    """as in `hpo.tpe`"""
+    space: Space
+    """what it searches"""
+    settings: PyTree
+    """numeric settings, arrays of the working dtype: the default of `init`"""
+    init: Callable
+    """(key, settings=None) -> state"""
+    ask: Callable
+    """(key, state, pending=None) -> (trials, state)"""
+    tell: Callable
+    """(state, trials, losses, gradients=None) -> state; reads only what its rows carry and their losses"""
+    batch: int
+    """trials per ask"""
+    slots: int = 0
+    """training states kept; 0 is a black-box method, whose trials carry no steps"""
+    rounds: int | None = None
+    """asks after which it ends by itself"""
+    uses_gradients: bool = False
+    """whether `tell` wants the gradients of the losses"""
+    reserve: Callable = keep
+    """(state, capacity) -> state with room for that many told trials"""
+
+
+def black_box(space: Space, unit: jax.Array, first: jax.Array, active: jax.Array | None = None, aux: PyTree = ()) -> Trials:
+    """Fresh trials that carry no steps and keep no training state.
+
+    Args:
+      space: what `unit` is decoded by.
+      unit: float[batch, dims] in [0, 1].
+      first: i32[], id of the first row; the others count up from it.
+      active: bool[batch], active rows first; all if not given.
+      aux: the method's own memory of the rows.
+    """
+    n = unit.shape[0]
+    active = jnp.ones(n, bool) if active is None else active
+    zeros = jnp.zeros(n, jnp.int32)
+    return Trials(
+        hparams=space.decode(unit),
+        unit=unit,
+        id=jnp.where(active, first + jnp.arange(n, dtype=jnp.int32), -1),
+        steps=zeros,
+        source=zeros - 1,
+        slot=zeros,
+        active=active,
+        aux=aux,
+    )
+
+
+def failed(losses: jax.Array) -> jax.Array:
+    """Which losses count as a failed trial: NaN and the infinities."""
+    return ~jnp.isfinite(losses)
+
+
+def ranked(losses: jax.Array) -> jax.Array:
+    """Losses to sort by: a failed trial comes last, at +inf."""
+    return jnp.where(failed(losses), jnp.inf, losses)
+
+
+INIT_ROUND = 2**31 - 1
+
+
+def ask_key(key: jax.Array, round: int | jax.Array = INIT_ROUND) -> jax.Array:
+    """The key of a study's round for `ask`; without a round, the one for `init`."""
+    method_key, _ = jax.random.split(key)
+    return jax.random.fold_in(method_key, round)
+
+
+def trial_keys(key: jax.Array, trials: Trials) -> jax.Array:
+    """The keys of the trials of a study: key[batch], a function of the study's key and a trial's id alone."""
+    _, trials_key = jax.random.split(key)
+    return jax.vmap(jax.random.fold_in, (None, 0))(trials_key, trials.id)
