@@ -62,6 +62,24 @@ def keep(state: PyTree, capacity: int) -> PyTree:
     return state
 
 
+class Initializer:
+    """The `init` of a method: `bare(key, settings)` with default settings.
+
+    The builders cache `bare`, so composites and drivers, which pass settings explicitly, compile it once.
+    """
+
+    def __init__(self, bare: Callable, settings: PyTree):
+        self.bare, self.settings = bare, settings
+
+    def __call__(self, key: jax.Array, settings: PyTree = None) -> PyTree:
+        return self.bare(key, self.settings if settings is None else settings)
+
+
+def bare(init: Callable) -> Callable:
+    """`init` without its defaults."""
+    return init.bare if isinstance(init, Initializer) else init
+
+
 class Method(NamedTuple):
     """A search method.
 

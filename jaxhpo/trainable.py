@@ -1,7 +1,10 @@
-"""Training as pure functions of one trial, and lanes: many trials trained as one program."""
+"""Training as pure functions of one trial."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 PyTree = Any
 
@@ -9,7 +12,16 @@ PyTree = Any
 class Trainable(NamedTuple):
     """How one trial trains: pure JAX functions, which the engine batches.
 
-    Data sets that the functions close over become arguments of the compiled program.
+    Data sets that the functions close over become arguments of the compiled program. The key of `init` is
+    `fold_in(trial_key, 0)`, that of the step that reaches `s` is `fold_in(trial_key, s)`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhpo as hpo
+      >>> trainable = hpo.Trainable(
+      ...     init=lambda key, hparams: jnp.float32(3.0),
+      ...     step=lambda key, x, hparams: x - hparams["lr"] * 2 * x,
+      ...     evaluate=lambda x, hparams: x**2,
+      ... )
     """
 
     init: Callable
@@ -22,3 +34,26 @@ class Trainable(NamedTuple):
     """(train_state) -> params, for implicit differentiation"""
     training_loss: Callable | None = None
     """(params, hparams) -> loss over the full training data, for implicit differentiation"""
+
+
+def repeated(problem: Callable | Trainable, repeats: int) -> Callable | Trainable:
+    """The same problem with every trial run `repeats` times, on keys split from its own; its loss is their mean."""
+    if repeats == 1:
+        return problem
+    if not isinstance(problem, Trainable):
+
+        def objective(key: jax.Array, hparams: PyTree) -> jax.Array:
+            return jnp.mean(jax.vmap(problem, (0, None))(jax.random.split(key, repeats), hparams))
+
+        return objective
+
+    def init(key: jax.Array, hparams: PyTree) -> PyTree:
+        return jax.vmap(problem.init, (0, None))(jax.random.split(key, repeats), hparams)
+
+    def step(key: jax.Array, states: PyTree, hparams: PyTree) -> PyTree:
+        return jax.vmap(problem.step, (0, 0, None))(jax.random.split(key, repeats), states, hparams)
+
+    def evaluate(states: PyTree, hparams: PyTree) -> jax.Array:
+        return jnp.mean(jax.vmap(problem.evaluate, (0, None))(states, hparams))
+
+    return Trainable(init, step, evaluate)

@@ -1,0 +1,125 @@
+"""A study on disk: what it is, and where it stands."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxhpo.method import Method, bare
+
+PyTree = Any
+KEPT = 2
+SHARE = 0.05
+
+
+def _digest(value: Any) -> str:
+    try:
+        content = pickle.dumps(value)
+    except Exception:  # a constant of the space that cannot be pickled
+        content = repr(value).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def describe(method: Method, key: jax.Array, initial: Any, repeats: int, problem: str, room: int | None) -> dict[str, str]:
+    """What makes a study this study: a digest of each part."""
+    settings = jax.tree.map(lambda x: np.asarray(x).tolist(), method.settings)
+    state = jax.eval_shape(bare(method.init), key, method.settings)
+    if room is not None:
+        state = jax.eval_shape(lambda s: method.reserve(s, room), state)
+    parts = {
+        "space": method.space.tree,
+        "settings": repr(settings),
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "initial": jax.tree.map(lambda x: np.asarray(x).tolist(), initial),
+    }
+    plain = {
+        "method": method.name,
+        "batch": method.batch,
+        "slots": method.slots,
+        "rounds": method.rounds,
+        "repeats": repeats,
+        "problem": problem,
+        "shapes": [(x.dtype.name, x.shape) for x in jax.tree.leaves(state)],
+    }
+    return {name: str(value) for name, value in plain.items()} | {name: _digest(part) for name, part in parts.items()}
+
+
+class Directory:
+    """Where a study keeps itself between runs.
+
+    Args:
+      path: made if it does not exist.
+      description: of the study, from `describe`.
+
+    Raises:
+      ValueError: `path` holds another study.
+    """
+
+    def __init__(self, path: str | os.PathLike, description: dict[str, str]):
+        self.path = Path(path).absolute()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.saved, self.cost = -1e9, 0.0
+        label = self.path / "study.json"
+        if label.exists():
+            found = json.loads(label.read_text())
+            other = [name for name in description if found.get(name) != description[name]]
+            if other:
+                raise ValueError(
+                    f"directory={str(path)!r} holds another study, which differs in {', '.join(other)}; give another "
+                    "directory, or delete this one"
+                )
+        else:
+            draft = self.path / f"study.json.{os.getpid()}"
+            draft.write_text(json.dumps(description, indent=1))
+            draft.replace(label)
+
+    @property
+    def journal(self) -> Path:
+        """File for the outcomes of external evaluations."""
+        return self.path / "told.jsonl"
+
+    def _checkpoints(self) -> list[tuple[int, Path]]:
+        found = [(int(p.name.split("-")[1]), p) for p in self.path.glob("rounds-*") if p.name.split("-")[1].isdigit()]
+        return sorted(found)
+
+    def due(self, now: float) -> bool:
+        """Whether saving again takes at most a twentieth of the time."""
+        return now - self.saved >= self.cost / SHARE
+
+    def save(self, rounds: int, content: PyTree) -> None:
+        """Writes a checkpoint; a full disk is a warning, and the one before stays."""
+        import orbax.checkpoint as ocp
+
+        begun = time.monotonic()
+        target = self.path / f"rounds-{rounds}"
+        if target.exists():
+            return
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                checkpointer.save(target, content)
+            for _, old in self._checkpoints()[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"no checkpoint in {self.path}: {error}; the study goes on", stacklevel=2)
+        self.saved = time.monotonic()
+        self.cost = self.saved - begun
+
+    def load(self) -> PyTree | None:
+        """The newest checkpoint that can be read, `None` if there is none."""
+        import orbax.checkpoint as ocp
+
+        for _, path in reversed(self._checkpoints()):
+            try:
+                with ocp.PyTreeCheckpointer() as checkpointer:
+                    return checkpointer.restore(path)
+            except (OSError, ValueError, KeyError) as error:
+                warnings.warn(f"{path} cannot be read ({error}); the checkpoint before is used", stacklevel=2)
+        return None

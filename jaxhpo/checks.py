@@ -1,0 +1,18 @@
+"""Errors for numbers that a user gives: the parameter, the value and the remedy."""
+
+import numbers
+from typing import Any
+
+
+def whole(name: str, value: Any, low: int, remedy: str = "") -> int:
+    """`value` as an int of at least `low`.
+
+    Raises:
+      TypeError, ValueError: it is none.
+    """
+    hint = f"; {remedy}" if remedy else ""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}{hint}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value!r}{hint}")
+    return int(value)

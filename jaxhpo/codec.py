@@ -1,0 +1,318 @@
+"""The codec between points of the unit cube and the values of parameters: one vectorised pass, whatever the dims.
+
+A real parameter is uniform, or log-uniform: z = centre * exp(w * (u - 1/2)) with w = log(high / low), which keeps small
+relative errors at both ends. Levels have equal shares, floor(u * levels), and those of a log integer the shares of
+the reals that round to them: floor(base * expm1(w * u)) counts up from low = base + 1/2.
+"""
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhpo.parameters import Int, number
+
+
+class Leaf(NamedTuple):
+    """One parameter of the tree and the dims that belong to it."""
+
+    parameter: Any
+    """the `Parameter`"""
+    path: str
+    """its place in the user's tree, as in "optimizer.sgd.momentum"; "value" where it is the whole tree"""
+    keys: tuple
+    """the key path of its value in a decoded tree"""
+    start: int
+    """first dim"""
+    size: int
+    """number of dims"""
+    parent: int
+    """dim of the `OneOf` that this leaf depends on, -1 = always live"""
+    branch: int
+    """the level of that dim at which it is live"""
+    kind: str
+    """what it decodes to, as `Parameter.kind`"""
+
+
+def inward(parameter: Any, dtype: np.dtype) -> tuple[float, float]:
+    """The smallest and largest number of `dtype`, normal or 0, in the bounds of `parameter`, by exact arithmetic."""
+    low, high = (Fraction(*number(bound).as_integer_ratio()) for bound in (parameter.low, parameter.high))
+    return 0.0 - _below(-low, dtype), _below(high, dtype)
+
+
+def _below(x: Fraction, dtype: np.dtype) -> float:
+    tiny = Fraction(float(np.finfo(dtype).tiny))
+    if abs(x) < tiny:
+        return float(-tiny) if x < 0 else 0.0
+    with np.errstate(over="ignore"):
+        nearest = dtype.type(float(x))
+    is_above = not np.isfinite(nearest) or Fraction(float(nearest)) > x
+    return float(np.nextafter(nearest, dtype.type(-np.inf)) if is_above else nearest)
+
+
+def _log_ratio(low: float, high: float) -> float:
+    return math.log1p((high - low) / low) if high < 2 * low else math.log(high) - math.log(low)
+
+
+@jax.custom_jvp
+def _confine(x: jax.Array, low: Any, high: Any) -> jax.Array:
+    """Clips away rounding errors, for which a gradient must not vanish: else a descent could not leave a bound."""
+    return jnp.clip(x, low, high)
+
+
+@_confine.defjvp
+def _confine_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return _confine(*primals), tangents[0]
+
+
+class _Reals(NamedTuple):
+    """Constants of dims that are real."""
+
+    low: np.ndarray  # ends of the interval, divided by `scale`, in the logarithm where `log`
+    high: np.ndarray
+    log: np.ndarray
+    scale: np.ndarray  # a power of 2 that keeps both ends and their distance normal; where `log`, the centre
+    floor: np.ndarray  # smallest and largest value to be decoded
+    ceiling: np.ndarray
+
+
+def _real_row(leaf: Leaf, dtype: np.dtype) -> tuple:
+    """`_Reals` of one leaf."""
+    if leaf.kind != "real":
+        return 0, 1, False, 1, 0, 1
+    p = leaf.parameter
+    floor, ceiling = inward(p, dtype)
+    if not floor < ceiling:
+        raise ValueError(
+            f"space parameter '{leaf.path}': fewer than two numbers of {dtype} lie between low={p.low!r} and "
+            f"high={p.high!r}; widen them, enable float64, or use a constant"
+        )
+    if p.log:
+        half = _log_ratio(floor, ceiling) / 2
+        return -half, half, True, math.sqrt(floor) * math.sqrt(ceiling), floor, ceiling
+    limit = -int(np.finfo(dtype).minexp)
+    exponent = math.frexp(max(abs(floor), abs(ceiling)))[1] - 1
+    scale = 2.0 ** min(max(exponent, -limit), limit)
+    return floor / scale, ceiling / scale, False, scale, floor, ceiling
+
+
+class _Levels(NamedTuple):
+    """Constants of dims with levels."""
+
+    number: np.ndarray  # how many levels
+    top: np.ndarray  # the last level, rounded down where it is no number of the dtype
+    log: np.ndarray
+    base: np.ndarray  # of log integers: low - 1/2, and the logarithm of (high + 1/2) / (low - 1/2)
+    width: np.ndarray
+    first: np.ndarray  # i32, value of level 0
+    step: np.ndarray  # i32
+
+
+def _level_row(leaf: Leaf, dtype: np.dtype) -> tuple:
+    """`_Levels` of one leaf."""
+    p, count = leaf.parameter, max(leaf.parameter.levels, 1)
+    top = _below(Fraction(count - 1), dtype)
+    if not isinstance(p, Int):
+        return count, top, False, 1, 1, 0, 1
+    low, step = int(p.low), int(p.step)
+    base, width = (low - 0.5, _log_ratio(low - 0.5, low + count - 0.5)) if p.log else (1, 1)
+    return count, top, bool(p.log), base, width, low, step
+
+
+class _Options(NamedTuple):
+    """The options of several parameters, one after the other."""
+
+    owner: np.ndarray  # which of the parameters
+    level: np.ndarray  # which of its options
+    first: np.ndarray  # [parameters], where its options start
+    values: np.ndarray | None  # of numeric options
+
+
+def _options(leaves: Sequence[Leaf], kind: str, dtype: np.dtype) -> _Options:
+    counts = np.array([leaf.parameter.levels for leaf in leaves])
+    first = np.cumsum(counts) - counts
+    owner = np.repeat(np.arange(len(leaves)), counts)
+    level = np.arange(counts.sum()) - first[owner]
+    if kind == "relaxed":
+        return _Options(owner, level, first, None)
+    return _Options(owner, level, first, np.concatenate([_values(leaf, dtype) for leaf in leaves]))
+
+
+def _values(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
+    """The numeric options of a leaf, of which no two may be one number in `dtype`."""
+    options = leaf.parameter.options
+    seen: dict[Any, Any] = {}
+    values = []
+    for option in options:
+        try:
+            with np.errstate(over="ignore"):
+                value = dtype.type(number(option))
+        except OverflowError:
+            value = dtype.type(np.inf)
+        other = seen.setdefault(value.item(), option)
+        if other is not option or np.isinf(value) and abs(number(option)) != math.inf:
+            raise ValueError(
+                f"space parameter '{leaf.path}': option {option!r} is {value!r} in {dtype}"
+                f"{f', and so is {other!r}' if other is not option else ''}; enable float64, or write it as a string"
+            )
+        values.append(value)
+    return np.array(values, dtype)
+
+
+class _Group(NamedTuple):
+    """The leaves that decode alike."""
+
+    kind: str
+    members: list[int]  # their places among the leaves
+    columns: np.ndarray  # their dims
+    widths: list[int]  # entries of what each decodes to
+    options: _Options | None
+
+
+class Codec:
+    """Between `unit` and the values of the leaves, for one working dtype.
+
+    Args:
+      leaves: the parameters, in the order of their dims.
+      dtype: float32 or float64.
+
+    Raises:
+      ValueError: an interval or the options of a leaf cannot be told apart in `dtype`.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf], dtype: np.dtype):
+        self.leaves = leaves
+        self.dtype = dtype
+        integer, boolean = np.dtype(np.int32), np.dtype(bool)
+        self.dtypes = {
+            "real": dtype, "float": dtype, "relaxed": dtype, "index": integer, "int": integer, "bool": boolean,
+        }  # fmt: skip
+        sizes = [leaf.size for leaf in leaves]
+
+        def per_dim(rows: list[tuple], dtypes: list[np.dtype]) -> list[np.ndarray]:
+            columns = zip(zip(*rows, strict=True), dtypes, strict=True)
+            return [np.repeat(np.array(values, dtype), sizes) for values, dtype in columns]
+
+        self._reals = _Reals(
+            *per_dim([_real_row(leaf, dtype) for leaf in leaves], [dtype, dtype, boolean] + [dtype] * 3)
+        )
+        kinds = [dtype, dtype, boolean, dtype, dtype, integer, integer]
+        self._levels = _Levels(*per_dim([_level_row(leaf, dtype) for leaf in leaves], kinds))
+        self._groups = [self._group(kind) for kind in self.dtypes if any(leaf.kind == kind for leaf in leaves)]
+
+    def _group(self, kind: str) -> _Group:
+        members = [i for i, leaf in enumerate(self.leaves) if leaf.kind == kind]
+        leaves = [self.leaves[i] for i in members]
+        columns = np.concatenate([np.arange(leaf.start, leaf.start + leaf.size) for leaf in leaves])
+        widths = [math.prod(leaf.parameter.value_shape) for leaf in leaves]
+        has_options = kind not in ("real", "index")
+        return _Group(
+            kind, members, columns, widths, _options(leaves, kind, self.dtypes[kind]) if has_options else None
+        )
+
+    def level(self, unit: jax.Array, columns: Any = slice(None)) -> jax.Array:
+        """The levels of some dims, i32[..., columns], for their coordinates; 0 where a dim is real."""
+        c = self._at(self._levels, columns)
+        index = jnp.floor(jnp.where(c.log, c.base * jnp.expm1(c.width * unit), c.number * unit))
+        return jnp.clip(index, 0, c.top).astype(jnp.int32)
+
+    def middle(self, level: jax.Array, columns: Any = slice(None)) -> jax.Array:
+        """The inverse of `level`: coordinates in the middle of a level's share."""
+        c = self._at(self._levels, columns)
+        above = level.astype(self.dtype) + 0.5
+        return jnp.where(c.log, jnp.log1p(above / c.base) / c.width, above / c.number)
+
+    def decode(self, unit: jax.Array) -> list[jax.Array]:
+        """float[..., dims] as the value of every leaf, each [..., *value_shape]."""
+        values: dict[int, jax.Array] = {}
+        for group in self._groups:
+            u = _take(unit, group.columns)
+            flat = (
+                self._real(u, group.columns)
+                if group.kind == "real"
+                else self._leveled(group, self.level(u, group.columns))
+            )
+            parts = jax.lax.split(flat, group.widths, axis=flat.ndim - 1)
+            for i, part in zip(group.members, parts, strict=True):
+                values[i] = part.reshape(unit.shape[:-1] + self.leaves[i].parameter.value_shape)
+        return [values[i] for i in range(len(self.leaves))]
+
+    def encode(self, values: Sequence[Any]) -> jax.Array:
+        """The inverse of `decode`: the middle of a level."""
+        shapes = [leaf.parameter.value_shape for leaf in self.leaves]
+        values = [jnp.asarray(value, self.dtypes[leaf.kind]) for value, leaf in zip(values, self.leaves, strict=True)]
+        lead = np.broadcast_shapes(*(v.shape[: v.ndim - len(shape)] for v, shape in zip(values, shapes, strict=True)))
+        parts = []
+        for group in self._groups:
+            columns = [
+                jnp.broadcast_to(values[i], lead + shapes[i]).reshape(*lead, width)
+                for i, width in zip(group.members, group.widths, strict=True)
+            ]
+            flat = jnp.concatenate(columns, axis=-1)
+            is_real = group.kind == "real"
+            parts.append(
+                self._real_unit(flat, group.columns)
+                if is_real
+                else self.middle(self._found(group, flat), group.columns)
+            )
+        order = np.argsort(np.concatenate([group.columns for group in self._groups]))
+        return _confine(_take(jnp.concatenate(parts, axis=-1), order), 0, 1)
+
+    def cast(self, leaf: Leaf, value: Any) -> np.ndarray:
+        """One value of a leaf, within its bounds, as `decode` would return it."""
+        if leaf.kind == "real":
+            value = np.clip(value, *inward(leaf.parameter, self.dtype))
+        return np.asarray(value).astype(self.dtypes[leaf.kind])
+
+    def _real(self, unit: jax.Array, columns: np.ndarray) -> jax.Array:
+        c = self._at(self._reals, columns)
+        mix = c.low * (1 - unit) + c.high * unit
+        z = jnp.where(c.log, jnp.exp(jnp.where(c.log, mix, 0)), mix) * c.scale
+        return _confine(z, c.floor, c.ceiling)
+
+    def _real_unit(self, x: jax.Array, columns: np.ndarray) -> jax.Array:
+        c = self._at(self._reals, columns)
+        mix = x / c.scale
+        ratio = jnp.where(c.log, jnp.maximum(mix, np.finfo(self.dtype).tiny), 1)
+        return (jnp.where(c.log, jnp.log(ratio), mix) - c.low) / (c.high - c.low)
+
+    def _leveled(self, group: _Group, level: jax.Array) -> jax.Array:
+        """What the levels of a group decode to, the entries of all members side by side."""
+        if group.options is None:
+            c = self._at(self._levels, group.columns)
+            return c.first + c.step * level
+        if group.options.values is None:
+            return (_take(level, group.options.owner) == group.options.level).astype(self.dtype)
+        return jnp.asarray(group.options.values)[group.options.first + level]
+
+    def _found(self, group: _Group, flat: jax.Array) -> jax.Array:
+        """The inverse of `_leveled`: the nearest option, or the one of largest weight."""
+        o = group.options
+        if o is None:
+            c = self._at(self._levels, group.columns)
+            above = jnp.maximum(flat, c.first).astype(np.uint32) - c.first.astype(np.uint32)
+            return (above // c.step.astype(np.uint32)).astype(np.int32)
+        score = flat
+        if o.values is not None:
+            x = flat[..., o.owner]
+            score = jnp.where(x == o.values, 1, -jnp.abs(x.astype(self.dtype) - o.values.astype(self.dtype)))
+        best = jnp.full((*flat.shape[:-1], len(group.members)), -jnp.inf, self.dtype).at[..., o.owner].max(score)
+        last = self._levels.number[group.columns].astype(np.int32) - 1
+        first_best = jnp.where(score == best[..., o.owner], o.level.astype(np.int32), last[o.owner])
+        return jnp.broadcast_to(last, best.shape).at[..., o.owner].min(first_best)
+
+    @staticmethod
+    def _at(constants: Any, columns: Any) -> Any:
+        return type(constants)(*(x[columns] for x in constants))
+
+
+def _take(x: jax.Array, columns: np.ndarray) -> jax.Array:
+    """x[..., columns], as a slice where that does: XLA gathers one by one."""
+    start, stop = int(columns[0]), int(columns[-1]) + 1
+    if np.array_equal(columns, np.arange(start, stop)):
+        return x[..., start:stop]
+    return x[..., columns]

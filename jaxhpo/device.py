@@ -1,0 +1,169 @@
+"""A study on the device, a chunk of rounds at a time.
+
+One program runs every chunk, those of a resumed study too: how many rounds it runs is an argument. So a study that
+was killed takes the same path, bit for bit, as one that was not.
+"""
+
+import functools
+import pickle
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxhpo.budget import Budget, Limits, Meter, Tally, begin, capacity, limits, proceed
+from jaxhpo.method import Method, bare
+from jaxhpo.study import Carry, Engine, Initial, Trace, make_engine
+from jaxhpo.trainable import Trainable
+
+PyTree = Any
+MOST_ROUNDS = 256
+CHUNK_SECONDS = 0.5
+OPEN_CAPACITY = 1024
+
+
+class Program(NamedTuple):
+    """A compiled chunk."""
+
+    run: Callable
+    """(carry, key, round, meter, limits) -> (carry, traces, meter); donates the carry"""
+    seconds: float
+    """it took to trace and compile"""
+
+
+def hoist(fn: Callable, *example: Any) -> tuple[Callable, list]:
+    """`fn` as a function of its arguments and of the arrays it closes over, and those arrays."""
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*example)
+    treedef = jax.tree.structure(shape)
+
+    def run(consts: list, *args: Any) -> Any:
+        return treedef.unflatten(jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(args)))
+
+    return run, closed.consts
+
+
+def _chunk(engine: Engine, most: int) -> Callable:
+    def chunk(carry: Carry, key: jax.Array, round: jax.Array, meter: Meter, limits: Limits) -> tuple[Carry, Trace, Meter]:
+        shape = jax.eval_shape(lambda c: engine.round(key, round, c)[1], carry)
+        traces = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shape)
+
+        def body(loop: tuple[Carry, Trace, Meter]) -> tuple[Carry, Trace, Meter]:
+            carry, traces, meter = loop
+            carry, trace = engine.round(key, round + meter.rounds, carry)
+            traces = jax.tree.map(lambda all_, one: all_.at[meter.rounds].set(one), traces, trace)
+            return carry, traces, meter.after(trace)
+
+        return jax.lax.while_loop(lambda loop: loop[2].within(limits), body, (carry, traces, meter))
+
+    return chunk
+
+
+class _Identity:
+    """What a compiled study depends on; equal when the compiled code can be shared."""
+
+    def __init__(self, problem: Any, method: Method, lanes: int | None, mesh: Mesh | None, initial: Initial | None):
+        self.parts = (problem, method, lanes, mesh, initial)
+        try:
+            content = pickle.dumps((method.space.tree, jax.tree.map(np.asarray, initial)))
+        except Exception:  # a constant of the space that cannot be pickled
+            content = id(method.space), id(initial)
+        functions = bare(method.init), method.ask, method.tell, method.reserve
+        self.key = (problem, functions, method.batch, method.slots, method.uses_gradients, lanes, mesh, content)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.key == other.key
+
+
+@functools.lru_cache(maxsize=64)
+def _engine(identity: _Identity) -> Engine:
+    return make_engine(*identity.parts)
+
+
+@functools.lru_cache(maxsize=64)
+def _start(identity: _Identity, room: int | None) -> Callable:
+    engine = _engine(identity)
+    return jax.jit(lambda key, settings: engine.start(key, settings, room))
+
+
+@functools.lru_cache(maxsize=64)
+def _program(identity: _Identity, most: int, shape: tuple, treedef: Any) -> Program:
+    begun = time.perf_counter()
+    carry = treedef.unflatten([jax.ShapeDtypeStruct(s, d) for s, d in shape])
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    example = key, np.int32(0), begin(Tally()), limits(Budget(), Tally(), 1)
+    chunk, data = hoist(_chunk(_engine(identity), most), carry, *example)
+    compiled = jax.jit(chunk, donate_argnums=1).lower(data, carry, *example).compile()
+    return Program(functools.partial(compiled, data), time.perf_counter() - begun)
+
+
+class Device:
+    """Drives a study whose problem is JAX."""
+
+    def __init__(
+        self,
+        problem: Callable | Trainable,
+        method: Method,
+        key: jax.Array,
+        budget: Budget,
+        *,
+        lanes: int | None,
+        mesh: Mesh | None,
+        initial: Initial | None,
+    ):
+        self.identity = _Identity(problem, method, lanes, mesh, initial)
+        self.method, self.key, self.budget = method, key, budget
+        self.room = capacity(method, budget)
+        self.open = self.room is None
+        self.room = OPEN_CAPACITY if self.room is None else self.room
+        self.most = int(min(budget.rounds, self.room // method.batch if not self.open else MOST_ROUNDS, MOST_ROUNDS))
+        self.pace = 1.0
+        self.compile_seconds = 0.0
+        self.carry = _start(self.identity, self.room)(key, method.settings)
+
+    def _compiled(self) -> Program:
+        leaves, treedef = jax.tree.flatten(self.carry)
+        before = _program.cache_info().misses
+        program = _program(self.identity, self.most, tuple((x.shape, x.dtype) for x in leaves), treedef)
+        self.compile_seconds += program.seconds if _program.cache_info().misses > before else 0.0
+        return program
+
+    def advance(self, tally: Tally, seconds_left: float) -> tuple[Trace, Tally]:
+        """Runs some rounds: the trace of them, arrays of NumPy with leading axis rounds, and the tally after them."""
+        if self.open and (tally.rounds + self.most) * self.method.batch > self.room:
+            self.room *= 2
+            self.carry = self.carry._replace(state=self.method.reserve(self.carry.state, self.room))
+        program = self._compiled()
+        bounds = limits(self.budget, tally, max(1, min(int(self.pace), self.most)))
+        begun = time.perf_counter()
+        out = program.run(self.carry, self.key, np.int32(tally.rounds), begin(tally), bounds)
+        self.carry, traces, meter = jax.block_until_ready(out)
+        spent = max(time.perf_counter() - begun, 1e-6)
+        traces, meter = jax.device_get((traces, meter))
+        rounds = int(meter.rounds)
+        self.pace = min(rounds * min(4.0, min(CHUNK_SECONDS, max(seconds_left, 0) + 1e-3) / spent), self.most)
+        trace = jax.tree.map(lambda x: x[:rounds], traces)
+        steps = np.where(trace.trials.active, trace.trials.steps, 0).sum(dtype=np.int64)
+        return trace, proceed(tally, meter, int(steps))
+
+    def save(self) -> list[np.ndarray]:
+        """What the study has to remember, as a list of arrays."""
+        return [np.asarray(x) for x in jax.tree.leaves(jax.device_get(self.carry))]
+
+    def load(self, leaves: list[np.ndarray]) -> None:
+        """Goes on from what `save` gave."""
+        treedef = jax.tree.structure(self.carry)
+        self.carry = jax.tree.map(jnp.asarray, treedef.unflatten(leaves))
+
+    def best_state(self) -> PyTree:
+        """The training state with the lowest loss."""
+        return _engine(self.identity).restore(self.carry.incumbent.state)
+
+    def close(self) -> None:
+        """Nothing to release."""

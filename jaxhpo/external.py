@@ -1,0 +1,257 @@
+"""Problems that are not JAX: any Python function, evaluated in a pool of processes or threads."""
+
+import concurrent.futures as futures
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxhpo.budget import Budget, Tally, begin, capacity, proceed
+from jaxhpo.checks import whole
+from jaxhpo.method import Method, Trials, ask_key, bare
+from jaxhpo.study import Initial, Trace, begin_with, tell_known
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class External:
+    """A function to be evaluated outside JAX; made by `external`."""
+
+    fn: Callable
+    workers: int
+    pool: str
+
+
+def external(fn: Callable, workers: int = 1, pool: Literal["process", "thread"] = "process") -> External:
+    """Any Python function as a problem for `minimize`.
+
+    Trials are told in the order of their ids, and what an ask knows depends on the number of workers only, so the
+    result does not depend on timing. An exception makes a failed trial; its text is in `Result.errors`.
+
+    Args:
+      fn: hyperparameters as native Python values, in the shape of the space -> loss, lower is better.
+      workers: evaluations at the same time, at least 1.
+      pool: "process" for spawned processes, for which `fn` must be importable, or "thread".
+
+    Raises:
+      ValueError, TypeError: `fn` cannot be sent to a process, or a value is out of its range.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> sphere = hpo.external(lambda h: h["x"] ** 2, workers=2, pool="thread")
+      >>> hpo.minimize(sphere, hpo.random({"x": hpo.Float(-1, 1)}), key=jax.random.key(0), trials=32).best_loss < 0.1
+      True
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of one dict, got {fn!r}")
+    if pool not in ("process", "thread"):
+        raise ValueError(f"pool must be 'process' or 'thread', got {pool!r}")
+    if pool == "process":
+        try:
+            pickle.dumps(fn)
+        except Exception as error:
+            raise ValueError(
+                f"fn={fn!r} cannot be sent to another process ({error}); define it at the top level of a module, or "
+                "say pool='thread'"
+            ) from error
+    return External(fn, whole("workers", workers, 1), pool)
+
+
+class Outcome(NamedTuple):
+    """What came of one evaluation."""
+
+    loss: float
+    error: str | None = None
+
+
+def _evaluate(fn: Callable, hparams: PyTree) -> Outcome:
+    try:
+        return Outcome(float(fn(hparams)))
+    except Exception as error:
+        return Outcome(math.nan, f"{type(error).__name__}: {error}")
+
+
+class _Workers:
+    """A pool that outlives the death of a worker: what ran then is run again, each alone."""
+
+    def __init__(self, problem: External):
+        self.problem = problem
+        self.pool: Any = None
+
+    def _executor(self) -> Any:
+        if self.pool is None:
+            if self.problem.pool == "thread":
+                self.pool = futures.ThreadPoolExecutor(self.problem.workers)
+            else:
+                spawn = multiprocessing.get_context("spawn")
+                self.pool = futures.ProcessPoolExecutor(self.problem.workers, mp_context=spawn)
+        return self.pool
+
+    def submit(self, hparams: PyTree) -> futures.Future:
+        try:
+            return self._executor().submit(_evaluate, self.problem.fn, hparams)
+        except BrokenProcessPool:
+            self.pool = None
+            return self._executor().submit(_evaluate, self.problem.fn, hparams)
+
+    def again_alone(self, hparams: PyTree) -> Outcome:
+        spawn = multiprocessing.get_context("spawn")
+        try:
+            with futures.ProcessPoolExecutor(1, mp_context=spawn) as alone:
+                return alone.submit(_evaluate, self.problem.fn, hparams).result()
+        except BrokenProcessPool:
+            return Outcome(math.nan, "the worker process died")
+
+    def close(self) -> None:
+        if self.pool is not None:
+            for process in list((getattr(self.pool, "_processes", None) or {}).values()):
+                process.terminate()
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Journal:
+    """Outcomes on disk, one line each, written before they are told."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.lock = path, threading.Lock()
+        self.outcomes: dict[int, Outcome] = {}
+        if path is not None and path.exists():
+            text = path.read_text()
+            for line in text.splitlines():
+                # The last line may have been cut off by a kill.
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    entry = json.loads(line)
+                    self.outcomes[int(entry["id"])] = Outcome(float(entry["loss"]), entry["error"])
+            if text and not text.endswith("\n"):
+                self._write("\n")
+
+    def add(self, id: int, outcome: Outcome) -> None:
+        """Writes down what came of a trial; any thread may call it."""
+        with self.lock:
+            if id not in self.outcomes:
+                self.outcomes[id] = outcome
+                self._write(json.dumps({"id": id, "loss": outcome.loss, "error": outcome.error}) + "\n")
+
+    def _write(self, text: str) -> None:
+        if self.path is None:
+            return
+        try:
+            with open(self.path, "a") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            warnings.warn(f"{self.path} could not be written ({error}); the study goes on", stacklevel=2)
+
+
+class Host:
+    """Drives a study whose problem is any Python function.
+
+    Up to `ahead` rounds are asked for before the oldest of them is told; those are `pending` in the next ask. With one
+    worker nothing is pending, and the study is the one that a loop by hand gives.
+    """
+
+    def __init__(
+        self, problem: External, method: Method, key: jax.Array, budget: Budget, *, initial: Initial | None, journal: Path | None
+    ):
+        if method.slots or method.uses_gradients:
+            raise TypeError(f"problem is external, but '{method.name}' trains in stretches or needs gradients; use hpo.tpe")
+        self.method, self.key, self.budget, self.initial = method, key, budget, initial
+        self.workers, self.journal = _Workers(problem), Journal(journal)
+        self.ahead = 0 if problem.workers == 1 else math.ceil(2 * problem.workers / method.batch)
+        self.errors: dict[int, str] = {}
+        self.compile_seconds = 0.0
+        self.ask, self.tell = jax.jit(method.ask), jax.jit(method.tell)
+        self.asked: list[tuple[Trials, dict[int, futures.Future]]] = []
+        self.state = bare(method.init)(ask_key(key), method.settings)
+        room = capacity(method, budget)
+        if room is not None:
+            self.state = method.reserve(self.state, room)
+        if initial is not None and len(initial.known_losses):
+            self.state = tell_known(method, initial, key, self.state)
+        self.rounds = 0
+        empty = jax.eval_shape(lambda s: method.ask(key, s)[0], self.state)
+        self.blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)._replace(
+            id=jnp.full(method.batch, -1, jnp.int32)
+        )
+
+    def _submit(self) -> None:
+        pending = [trials for trials, _ in self.asked]
+        args = ()
+        if self.ahead:
+            pending = [self.blank] * (self.ahead - len(pending)) + pending
+            args = (jax.tree.map(lambda *x: jnp.concatenate(x), *pending),)
+        trials, self.state = self.ask(ask_key(self.key, self.rounds), self.state, *args)
+        if self.initial is not None and len(self.initial.unit):
+            trials = begin_with(self.initial, trials)
+        self.rounds += 1
+        host = jax.device_get(trials)
+        running: dict[int, futures.Future] = {}
+        for i in np.flatnonzero(host.active & ~np.isin(host.id, list(self.journal.outcomes))):
+            id = int(host.id[i])
+            running[id] = self.workers.submit(self.method.space.native(host.hparams, int(i)))
+            running[id].add_done_callback(functools.partial(self._write_down, id))
+        self.asked.append((trials, running))
+
+    def _write_down(self, id: int, future: futures.Future) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self.journal.add(id, future.result())
+
+    def _collect(self, host: Trials, running: dict[int, futures.Future], seconds_left: float) -> None:
+        row = {int(id): i for i, id in enumerate(host.id)}
+        waiting = {future: id for id, future in running.items()}
+        with contextlib.suppress(futures.TimeoutError):
+            for future in futures.as_completed(waiting, None if seconds_left == math.inf else max(seconds_left, 0)):
+                id = waiting[future]
+                try:
+                    self.journal.add(id, future.result())
+                except (BrokenProcessPool, futures.CancelledError):
+                    self.journal.add(id, self.workers.again_alone(self.method.space.native(host.hparams, row[id])))
+                except Exception as error:  # hyperparameters that cannot be sent to a process
+                    self.journal.add(id, Outcome(math.nan, f"{type(error).__name__}: {error}"))
+
+    def advance(self, tally: Tally, seconds_left: float) -> tuple[Trace, Tally]:
+        """Tells one more round, or of a round that time has run out on, what is known."""
+        more = lambda: self.rounds < self.budget.rounds and len(self.asked) <= self.ahead  # noqa: E731
+        while more() and (not self.asked or self._last_id() + 1 < self.budget.trials):
+            self._submit()
+        trials, running = self.asked.pop(0)
+        host = jax.device_get(trials)
+        self._collect(host, running, seconds_left)
+        outcomes = self.journal.outcomes
+        known = host.active & np.isin(host.id, list(outcomes))
+        self.errors |= {int(id): str(outcomes[id].error) for id in host.id[known] if outcomes[id].error}
+        losses = np.array([outcomes[id].loss if k else math.nan for id, k in zip(host.id.tolist(), known, strict=True)])
+        losses = losses.astype(host.unit.dtype)
+        order = np.argsort(~known, kind="stable")
+        told = jax.tree.map(lambda x: x[order], trials._replace(active=jnp.asarray(known)))
+        self.state = self.tell(self.state, told, jnp.asarray(losses[order]))
+        trace = Trace(jax.device_get(told)._replace(aux=()), np.zeros(len(losses), np.int32), losses[order])
+        meter = jax.device_get(begin(tally).after(trace))
+        return jax.tree.map(lambda x: np.asarray(x)[None], trace), proceed(tally, meter, 0)
+
+    def _last_id(self) -> int:
+        return int(np.max(np.asarray(self.asked[-1][0].id)))
+
+    def best_state(self) -> None:
+        """No training state is known."""
+
+    def close(self) -> None:
+        """Ends the pool, whatever still runs in it."""
+        self.workers.close()
+

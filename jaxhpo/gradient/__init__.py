@@ -1,0 +1,5 @@
+"""Gradients through training."""
+
+from jaxhpo.gradient.unroll import unroll
+
+__all__ = ["unroll"]

@@ -1,0 +1,266 @@
+"""Lanes: many trials run as one program.
+
+Whatever a problem is, its lanes take the rows of an ask chunk by chunk, so one compiled program of a fixed width
+serves every round. The training states that may go on live in a bank; a row reads its source slot and writes its own.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxhpo.method import Method, Trials, ranked
+from jaxhpo.space import Space, working_dtype
+from jaxhpo.trainable import Trainable
+
+PyTree = Any
+
+
+class Bank(NamedTuple):
+    """Training states that may go on, leading axis = slots."""
+
+    states: PyTree
+    reached: jax.Array
+    """i32[slots]: steps behind each"""
+
+
+class Incumbent(NamedTuple):
+    """The lowest finite loss so far and the training state that had it."""
+
+    loss: jax.Array
+    state: PyTree
+
+
+class Told(NamedTuple):
+    """What came of the rows of an ask, leading axis = batch."""
+
+    losses: jax.Array
+    reached: jax.Array
+    """i32[batch]: steps behind each trial"""
+    gradients: PyTree = None
+    """shaped like `hparams`, where the method uses them"""
+
+
+class Lanes(NamedTuple):
+    """A problem, ready to run the rows of a method's asks."""
+
+    init: Callable
+    """() -> (bank, incumbent), both empty"""
+    run: Callable
+    """(bank, incumbent, keys, trials) -> (bank, incumbent, told)"""
+    restore: Callable
+    """(state) -> the training state as the user's functions know it"""
+
+
+class _Row(NamedTuple):
+    key: jax.Array
+    hparams: PyTree
+    steps: jax.Array
+    source: jax.Array
+    slot: jax.Array
+    active: jax.Array
+
+
+def make_lanes(problem: Callable | Trainable, method: Method, lanes: int | None = None, mesh: Mesh | None = None) -> Lanes:
+    """The lanes in which `problem` runs for `method`.
+
+    Args:
+      problem: an objective `(key, hparams) -> loss`, or a `Trainable`; checked already.
+      method: who asks.
+      lanes: width; the method's batch if not given.
+      mesh: devices over which the lanes are spread.
+    """
+    width = min(lanes or method.batch, method.batch)
+    if mesh is not None:
+        width = math.ceil(width / mesh.size) * mesh.size
+    chunks = math.ceil(method.batch / width)
+
+    def spread(tree: PyTree) -> PyTree:
+        if mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+
+    def cut(rows: _Row) -> _Row:
+        spare = chunks * width - method.batch
+        padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], spare, 0)]) if spare else x, rows)
+        if spare:
+            padded = padded._replace(
+                active=padded.active.at[method.batch :].set(False),
+                steps=padded.steps.at[method.batch :].set(0),
+                slot=padded.slot.at[method.batch :].set(method.slots),
+            )
+        return jax.tree.map(lambda x: x.reshape(chunks, width, *x.shape[1:]), padded)
+
+    def join(told: Told) -> Told:
+        return jax.tree.map(lambda x: x.reshape(chunks * width, *x.shape[2:])[: method.batch], told)
+
+    part = _training if isinstance(problem, Trainable) else _evaluation
+    init, chunk, restore = part(problem, method, width, spread, -(-method.slots // width) * width if mesh else method.slots)
+
+    def run(bank: Bank, incumbent: Incumbent, keys: jax.Array, trials: Trials) -> tuple[Bank, Incumbent, Told]:
+        rows = cut(_Row(keys, trials.hparams, trials.steps, trials.source, trials.slot, trials.active))
+        if chunks == 1:
+            (bank, incumbent), told = chunk((bank, incumbent), jax.tree.map(lambda x: x[0], rows))
+            return bank, incumbent, join(jax.tree.map(lambda x: x[None], told))
+        (bank, incumbent), told = jax.lax.scan(chunk, (bank, incumbent), rows)
+        return bank, incumbent, join(told)
+
+    return Lanes(init, run, restore)
+
+
+def _evaluation(
+    objective: Callable, method: Method, width: int, spread: Callable, slots: int
+) -> tuple[Callable, Callable, Callable]:
+    del slots
+    space, dtype = method.space, working_dtype()
+    nothing = Bank((), jnp.zeros(0, jnp.int32)), Incumbent(jnp.asarray(jnp.inf, dtype), ())
+
+    def one(key: jax.Array, hparams: PyTree) -> tuple[jax.Array, PyTree]:
+        if method.uses_gradients:
+            return value_and_gradient(space, objective, key, hparams)
+        return jnp.asarray(objective(key, space.fill(hparams)), dtype), None
+
+    def chunk(carry: tuple[Bank, Incumbent], rows: _Row) -> tuple[tuple[Bank, Incumbent], Told]:
+        bank, incumbent = carry
+        idle = jnp.zeros(width, jnp.int32)
+
+        def evaluate() -> Told:
+            keys, hparams = spread((rows.key, rows.hparams))
+            losses, gradients = jax.vmap(one)(keys, hparams)
+            return Told(losses, idle, gradients)
+
+        def skip() -> Told:
+            gradients = jax.tree.map(jnp.zeros_like, rows.hparams) if method.uses_gradients else None
+            return Told(jnp.full(width, jnp.nan, dtype), idle, gradients)
+
+        told = jax.lax.cond(rows.active.any(), evaluate, skip)
+        lowest = jnp.min(jnp.where(rows.active, ranked(told.losses), jnp.inf))
+        return (bank, incumbent._replace(loss=jnp.minimum(incumbent.loss, lowest))), told
+
+    return lambda: nothing, chunk, lambda state: None
+
+
+def value_and_gradient(space: Space, objective: Callable, key: jax.Array, hparams: PyTree) -> tuple[jax.Array, PyTree]:
+    """The loss of one trial and its gradient, shaped like `hparams` and zero at leaves that are not floats."""
+    leaves, treedef = jax.tree.flatten(hparams)
+    real = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+
+    def loss(floats: list[jax.Array]) -> jax.Array:
+        floats_ = iter(floats)
+        merged = [next(floats_) if r else x for r, x in zip(real, leaves, strict=True)]
+        return jnp.asarray(objective(key, space.fill(treedef.unflatten(merged))), working_dtype())
+
+    value, slopes = jax.value_and_grad(loss)([x for r, x in zip(real, leaves, strict=True) if r])
+    slopes_ = iter(slopes)
+    return value, treedef.unflatten([next(slopes_) if r else jnp.zeros_like(x) for r, x in zip(real, leaves, strict=True)])
+
+
+class _Raw(NamedTuple):
+    """A `Trainable` whose states are plain numeric arrays: typed keys in them unwrapped, weak types made strong."""
+
+    init: Callable
+    step: Callable
+    evaluate: Callable
+    shape: PyTree
+    restore: Callable
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _raw(trainable: Trainable, space: Space) -> _Raw:
+    key, hparams = jax.eval_shape(lambda: (jax.random.key(0), space.decode(jnp.zeros(space.dims))))
+
+    def unwrap(state: PyTree) -> PyTree:
+        plain = lambda x: jax.random.key_data(x) if _is_key(x) else jax.lax.convert_element_type(x, x.dtype)  # noqa: E731
+        return jax.tree.map(lambda x: plain(jnp.asarray(x)), state)
+
+    impls: list[Any] = []
+
+    def first(key: jax.Array, hparams: PyTree) -> PyTree:
+        state = trainable.init(key, space.fill(hparams))
+        impls[:] = [jax.random.key_impl(x) if _is_key(jnp.asarray(x)) else None for x in jax.tree.leaves(state)]
+        return state
+
+    jax.eval_shape(first, key, hparams)
+
+    def wrap(state: PyTree) -> PyTree:
+        leaves, treedef = jax.tree.flatten(state)
+        keyed = [x if impl is None else jax.random.wrap_key_data(x, impl=impl) for x, impl in zip(leaves, impls, strict=True)]
+        return treedef.unflatten(keyed)
+
+    def init(key: jax.Array, hparams: PyTree) -> PyTree:
+        return unwrap(trainable.init(jax.random.fold_in(key, 0), space.fill(hparams)))
+
+    def step(key: jax.Array, state: PyTree, hparams: PyTree, reaches: jax.Array) -> PyTree:
+        return unwrap(trainable.step(jax.random.fold_in(key, reaches), wrap(state), space.fill(hparams)))
+
+    def evaluate(state: PyTree, hparams: PyTree) -> jax.Array:
+        return jnp.asarray(trainable.evaluate(wrap(state), space.fill(hparams)), working_dtype())
+
+    return _Raw(init, step, evaluate, jax.eval_shape(init, key, hparams), wrap)
+
+
+def _training(
+    trainable: Trainable, method: Method, width: int, spread: Callable, slots: int
+) -> tuple[Callable, Callable, Callable]:
+    raw = _raw(trainable, method.space)
+    dtype = working_dtype()
+
+    def init() -> tuple[Bank, Incumbent]:
+        bank = Bank(
+            spread(jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), raw.shape)), jnp.zeros(slots, jnp.int32)
+        )
+        nobody = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), raw.shape)
+        return bank, Incumbent(jnp.asarray(jnp.inf, dtype), nobody)
+
+    def chunk(carry: tuple[Bank, Incumbent], rows: _Row) -> tuple[tuple[Bank, Incumbent], Told]:
+        keys, hparams = spread((rows.key, rows.hparams))
+        fresh = rows.source < 0
+        source = jnp.maximum(rows.source, 0)
+
+        def started(states: PyTree) -> PyTree:
+            new = jax.vmap(raw.init)(keys, hparams)
+            pick = lambda a, b: jnp.where(fresh.reshape(width, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
+            return jax.tree.map(pick, new, states)
+
+        def train(carry: tuple[Bank, Incumbent]) -> tuple[tuple[Bank, Incumbent], Told]:
+            bank, incumbent = carry
+            before = jnp.where(fresh, 0, bank.reached[source])
+            states = jax.tree.map(lambda x: x[source], bank.states)
+            states = spread(jax.lax.cond((fresh & rows.active).any(), started, lambda s: s, states))
+
+            def step(i: jax.Array, states: PyTree) -> PyTree:
+                return spread(jax.vmap(raw.step)(keys, states, hparams, before + i + 1))
+
+            states = jax.lax.fori_loop(0, jnp.max(rows.steps), step, states)
+            losses = jax.vmap(raw.evaluate)(states, hparams)
+            reached = before + rows.steps
+            slot = jnp.where(rows.active, rows.slot, slots)
+            keep = lambda record, row: record.at[slot].set(row, mode="drop")  # noqa: E731
+            bank = Bank(jax.tree.map(keep, bank.states, states), keep(bank.reached, reached))
+            standing = jnp.where(rows.active, ranked(losses), jnp.inf)
+            winner = jnp.argmin(standing)
+            better = standing[winner] < incumbent.loss
+            take = lambda new, old: jnp.where(better, new[winner], old)  # noqa: E731
+            incumbent = Incumbent(
+                jnp.where(better, standing[winner], incumbent.loss), jax.tree.map(take, states, incumbent.state)
+            )
+            return (bank, incumbent), Told(losses, reached)
+
+        def idle(carry: tuple[Bank, Incumbent]) -> tuple[tuple[Bank, Incumbent], Told]:
+            return carry, Told(jnp.full(width, jnp.nan, dtype), jnp.zeros(width, jnp.int32))
+
+        return jax.lax.cond((rows.steps > 0).any(), train, idle, carry)
+
+    return init, chunk, raw.restore
+
+
+def memory(shape: PyTree) -> int:
+    """Bytes of a pytree of arrays or their shapes."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shape))

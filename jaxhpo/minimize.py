@@ -1,0 +1,266 @@
+"""The shell around a study: budgets, progress, checkpoints, and what the user gets back."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxhpo.budget import Budget, Tally, capacity, ends, read_budget
+from jaxhpo.checkpoint import Directory, describe
+from jaxhpo.checks import whole
+from jaxhpo.device import Device
+from jaxhpo.external import External, Host
+from jaxhpo.method import Method
+from jaxhpo.problem import check
+from jaxhpo.progress import Bar, Report, share
+from jaxhpo.result import Records, Result
+from jaxhpo.space import Space
+from jaxhpo.study import Initial, Trace, read_initial
+from jaxhpo.trainable import Trainable, repeated
+
+PyTree = Any
+
+
+class AllTrialsFailed(RuntimeError):
+    """Not one trial had a finite loss; `result` holds what they were."""
+
+    def __init__(self, message: str, result: Result):
+        super().__init__(message)
+        self.result = result
+
+
+def minimize(
+    problem: Callable | Trainable | External,
+    method: Method,
+    *,
+    key: jax.Array,
+    trials: int | None = None,
+    steps: int | None = None,
+    rounds: int | None = None,
+    repeats: int = 1,
+    lanes: int | None = None,
+    mesh: Mesh | None = None,
+    directory: str | os.PathLike | None = None,
+    initial: Sequence | None = None,
+    target: float | None = None,
+    time_limit: float | None = None,
+    patience: int | None = None,
+    callbacks: Sequence[Callable[[Report], Any]] = (),
+    progress: bool | None = None,
+) -> Result:
+    """Searches for the hyperparameters with the lowest loss.
+
+    The result is a function of the arguments alone, bit for bit, unless `time_limit` or a callback ends the study. It
+    depends neither on `lanes` nor on `mesh`, nor on whether it was killed and resumed.
+
+    Args:
+      problem: an objective `(key, hparams) -> loss`; a `Trainable`, where the method's trials carry steps; or
+        `external(fn)`.
+      method: how to search.
+      key: the study's PRNG key.
+      trials: budget of trials, at least 1. This and the other two budgets end the study after the round that
+        reaches them.
+      steps: budget of training steps of all trials together.
+      rounds: budget of asks.
+      repeats: how many times each trial is run, with keys of its own; the mean of the losses is told.
+      lanes: how many trials run side by side, at least 1; the method's batch if not given. Fewer need less memory.
+      mesh: devices over which the lanes are spread.
+      directory: where to keep checkpoints. A study that is there already is resumed.
+      initial: points to try first, of native Python values, or `(point, loss)` pairs of known results.
+      target: a loss to stop at.
+      time_limit: seconds after which to stop, seen between two chunks of rounds.
+      patience: trials without a lower loss after which to stop.
+      callbacks: called with a `Report` after each chunk of rounds; one that returns True ends the study.
+      progress: whether to show a progress bar; on a terminal only if not given.
+
+    Returns:
+      A `Result`.
+
+    Raises:
+      ValueError, TypeError: an argument is wrong; the message has its name, its value and the remedy.
+      AllTrialsFailed: no trial had a finite loss.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> space = {"x": hpo.Float(-5, 5), "y": hpo.Int(0, 3)}
+      >>> loss = lambda key, h: h["x"] ** 2 + h["y"]
+      >>> result = hpo.minimize(loss, hpo.random(space, batch=16), key=jax.random.key(0), trials=256)
+      >>> result.best_hparams["y"], len(result.trials.id)
+      (0, 256)
+    """
+    started = time.perf_counter()
+    if isinstance(problem, External):
+        if not isinstance(method, Method):
+            raise TypeError(f"method must be a jaxhpo Method, got {method!r}; build one, such as hpo.random(space)")
+        if whole("repeats", repeats, 1) > 1:
+            raise ValueError(f"repeats={repeats} is for JAX problems; average inside the external function")
+    else:
+        problem = repeated(problem, whole("repeats", repeats, 1)) if callable(problem) or repeats == 1 else problem
+        check(problem, method, lanes=lanes)
+    key = _typed(key)
+    budget = read_budget(method, trials, steps, rounds, target, patience, time_limit)
+    given = read_initial(method.space, initial)
+    store = None
+    if directory is not None:
+        kind = type(problem).__name__ if isinstance(problem, External | Trainable) else "objective"
+        store = Directory(directory, describe(method, key, given, repeats, kind, capacity(method, budget)))
+    driver: Device | Host
+    if isinstance(problem, External):
+        driver = Host(problem, method, key, budget, initial=given, journal=store and store.journal)
+    else:
+        driver = Device(problem, method, key, budget, lanes=lanes, mesh=mesh, initial=given)
+    try:
+        return _Shell(driver, method, budget, given, store, callbacks, started).run(progress)
+    finally:
+        driver.close()
+
+
+def _typed(key: jax.Array) -> jax.Array:
+    if isinstance(key, jax.Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        return key
+    raise TypeError(f"key must be one PRNG key, got {key!r}; say jax.random.key(0)")
+
+
+class _Shell:
+    """One call of `minimize`."""
+
+    def __init__(
+        self,
+        driver: Device | Host,
+        method: Method,
+        budget: Budget,
+        initial: Initial | None,
+        store: Directory | None,
+        callbacks: Sequence[Callable],
+        started: float,
+    ):
+        self.driver, self.method, self.budget, self.store, self.callbacks = driver, method, budget, store, callbacks
+        self.started = started
+        self.tally = Tally()
+        self.parts: list[Records] = []
+        if initial is not None and len(initial.known_losses):
+            self.parts = [_known(initial)]
+            finite = initial.known_losses[np.isfinite(initial.known_losses)]
+            self.tally = Tally(best=float(np.min(finite, initial=math.inf)))
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def run(self, progress: bool | None) -> Result:
+        self._resume()
+        stopped = ends(self.method, self.budget, self.tally, self.seconds)
+        with Bar(self.method.name, progress) as bar:
+            while stopped is None:
+                before, begun = self.tally, self.seconds
+                trace, self.tally = self.driver.advance(self.tally, self.budget.time_limit - self.seconds)
+                self.parts.append(_records(trace, before.rounds))
+                self._refuse_minus_infinity(self.parts[-1])
+                stopped = ends(self.method, self.budget, self.tally, self.seconds)
+                if self.store and isinstance(self.driver, Device) and (stopped or self.store.due(time.monotonic())):
+                    self.store.save(self.tally.rounds, self._content())
+                report = self._report()
+                if any([callback(report) is True for callback in self.callbacks]):
+                    stopped = stopped or "callback"
+                done = self.tally.steps - before.steps or self.tally.trials - before.trials
+                bar.show(share(self.budget, self.tally, self.seconds), report, done / max(self.seconds - begun, 1e-9))
+        return self._result(stopped)
+
+    def _resume(self) -> None:
+        content = self.store.load() if self.store and isinstance(self.driver, Device) else None
+        if content is None:
+            return
+        assert isinstance(self.driver, Device)
+        unpack = lambda leaves: [np.asarray(leaves[f"{i:05}"]) for i in range(len(leaves))]  # noqa: E731
+        self.driver.load(unpack(content["study"]))
+        rounds, trials, steps, best, improved = unpack(content["tally"])
+        self.tally = Tally(int(rounds), int(trials), int(steps), float(best), int(improved))
+        shape = jax.tree.structure(_blank(self.method.space))
+        self.parts = [jax.tree.unflatten(shape, unpack(content["records"]))]
+
+    def _content(self) -> PyTree:
+        assert isinstance(self.driver, Device)
+        pack = lambda leaves: {f"{i:05}": np.asarray(x) for i, x in enumerate(leaves)}  # noqa: E731
+        self.parts = [_joined(self.parts)]
+        return {
+            "study": pack(self.driver.save()),
+            "tally": pack(self.tally),
+            "records": pack(jax.tree.leaves(self.parts[0])),
+        }
+
+    def _refuse_minus_infinity(self, records: Records) -> None:
+        where = np.flatnonzero(records.loss == -np.inf)
+        if len(where):
+            hparams = self.method.space.native(records.hparams, int(where[0]))
+            raise ValueError(
+                f"the loss of trial {records.id[where[0]]} is -inf, at {hparams}; a loss must be finite, or NaN for a "
+                "trial that failed: look for log(0) or a division by 0 there"
+            )
+
+    def _report(self) -> Report:
+        hparams = None
+        if self.callbacks and math.isfinite(self.tally.best):
+            self.parts = [_joined(self.parts)]
+            hparams = self.method.space.native(self.parts[0].hparams, int(self.parts[0].best(1)[0]))
+        t = self.tally
+        return Report(t.trials, t.steps, t.rounds, t.best, hparams, self.seconds)
+
+    def _result(self, stopped: str) -> Result:
+        records = _joined(self.parts) if self.parts else _blank(self.method.space)
+        best = records.best(1)
+        result = Result(
+            space=self.method.space,
+            trials=records,
+            best_hparams=self.method.space.native(records.hparams, int(best[0])) if len(best) else None,
+            best_loss=float(records.loss[best[0]]) if len(best) else math.nan,
+            best_state=self.driver.best_state() if len(best) and records.round[best[0]] >= 0 else None,
+            errors=self.driver.errors if isinstance(self.driver, Host) else {},
+            stopped=stopped,
+            seconds=self.seconds,
+            compile_seconds=self.driver.compile_seconds,
+        )
+        if not len(best):
+            why = next(iter(result.errors.values()), "every loss was NaN or infinite")
+            raise AllTrialsFailed(
+                f"all {self.tally.trials} trials of '{self.method.name}' failed ({why}); try one of them by hand, they are "
+                "in the result of this error",
+                result,
+            )
+        return result
+
+
+def _blank(space: Space) -> Records:
+    trials = jax.eval_shape(lambda: space.decode(jax.numpy.zeros((0, space.dims))))
+    empty = np.zeros(0, np.int32)
+    hparams = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), trials)
+    return Records(empty, empty, np.zeros((0, space.dims), np.float32), hparams, empty, np.zeros(0, np.float32))
+
+
+def _known(initial: Initial) -> Records:
+    n = len(initial.known_losses)
+    rows = np.arange(n, dtype=np.int32)
+    losses = initial.known_losses.astype(initial.known_unit.dtype)
+    return Records(np.full(n, -1, np.int32), -1 - rows, initial.known_unit, initial.known_hparams, 0 * rows, losses)
+
+
+def _records(trace: Trace, first: int) -> Records:
+    """The active rows of a trace whose first round is `first`."""
+    rounds, lanes = np.nonzero(trace.trials.active)
+    take = lambda x: np.asarray(x)[rounds, lanes]  # noqa: E731
+    return Records(
+        round=(rounds + first).astype(np.int32),
+        id=take(trace.trials.id),
+        unit=take(trace.trials.unit),
+        hparams=jax.tree.map(take, trace.trials.hparams),
+        steps=take(trace.reached),
+        loss=take(trace.losses),
+    )
+
+
+def _joined(parts: list[Records]) -> Records:
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)

@@ -1,0 +1,104 @@
+"""What can be wrong with a problem, told before anything is compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxhpo.checks import whole
+from jaxhpo.method import Method
+from jaxhpo.trainable import Trainable
+
+PyTree = Any
+
+_NOT_TRACEABLE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerBoolConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
+def check(
+    problem: Callable | Trainable, method: Method, *, lanes: int | None = None, rounds: int | None = None
+) -> int | None:
+    """Sees that a problem suits a method, by abstract evaluation.
+
+    Returns:
+      The rounds of the study: what is given, or else what the method needs to end by itself, if it does.
+
+    Raises:
+      TypeError, ValueError: it does not; the message says what to do instead.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a jaxhpo Method, got {method!r}; build one, such as hpo.random(space)")
+    if lanes is not None:
+        whole("lanes", lanes, 1, "leave it out for the method's batch")
+    if rounds is not None:
+        whole("rounds", rounds, 1)
+    if isinstance(problem, Trainable):
+        _check_trainable(problem, method)
+    elif callable(problem):
+        _check_objective(problem, method)
+    else:
+        raise TypeError(f"problem must be an objective (key, hparams) -> loss, a Trainable or external(fn), got {problem!r}")
+    return method.rounds if rounds is None else rounds
+
+
+def _example(method: Method) -> tuple[jax.Array, PyTree]:
+    space = method.space
+    return jax.eval_shape(lambda: (jax.random.key(0), space.decode(jnp.zeros(space.dims))))
+
+
+def _traced(what: str, fn: Callable, *args: Any) -> Any:
+    try:
+        return jax.eval_shape(fn, *args)
+    except _NOT_TRACEABLE as error:
+        raise TypeError(
+            f"{what} cannot be traced by JAX: {str(error).splitlines()[0]} Write it with jax.numpy and jax.lax, or, "
+            "where it has to be plain Python, wrap a function of a dict: hpo.external(fn)"
+        ) from error
+
+
+def _check_loss(what: str, loss: Any) -> None:
+    leaves = jax.tree.leaves(loss)
+    if len(leaves) != 1 or leaves[0].shape != () or not jnp.issubdtype(leaves[0].dtype, jnp.number):
+        shapes = [f"{x.dtype.name}{list(x.shape)}" for x in leaves]
+        raise TypeError(f"{what} must return a scalar loss, got {', '.join(shapes) or loss!r}; reduce it, say by its mean")
+
+
+def _check_objective(objective: Callable, method: Method) -> None:
+    if method.slots:
+        raise TypeError(
+            f"problem is an objective, but the trials of '{method.name}' carry training steps; give a Trainable(init, "
+            "step, evaluate), or choose a black-box method such as hpo.random"
+        )
+    key, hparams = _example(method)
+    loss = _traced("the objective", lambda k, h: objective(k, method.space.fill(h)), key, hparams)
+    _check_loss("the objective", loss)
+
+
+def _check_trainable(trainable: Trainable, method: Method) -> None:
+    if not method.slots:
+        raise TypeError(
+            f"problem is a bare Trainable, but the trials of '{method.name}' carry no training steps; give "
+            "hpo.unroll(trainable, steps=...), or choose a method that trains in stretches, such as hpo.hyperband"
+        )
+    fill = method.space.fill
+    key, hparams = _example(method)
+    state = _traced("Trainable.init", lambda k, h: trainable.init(k, fill(h)), key, hparams)
+    after = _traced("Trainable.step", lambda k, s, h: trainable.step(k, s, fill(h)), key, state, hparams)
+    if jax.tree.structure(state) != jax.tree.structure(after):
+        raise TypeError(
+            "Trainable.step must return a train_state of the same structure as init, got "
+            f"{jax.tree.structure(after)} after {jax.tree.structure(state)}"
+        )
+    paths = jax.tree_util.tree_flatten_with_path(state)[0]
+    for (path, old), new in zip(paths, jax.tree.leaves(after), strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise TypeError(
+                f"Trainable.step changed train_state{jax.tree_util.keystr(path)} from {old.dtype}{list(old.shape)} to "
+                f"{new.dtype}{list(new.shape)}; let init return what step returns"
+            )
+    _check_loss("Trainable.evaluate", _traced("Trainable.evaluate", lambda s, h: trainable.evaluate(s, fill(h)), after, hparams))

@@ -1,0 +1,210 @@
+"""A study as a pure function of a PRNG key."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxhpo.lanes import Bank, Incumbent, Lanes, Told, make_lanes
+from jaxhpo.method import Method, Trials, ask_key, bare, trial_keys
+from jaxhpo.problem import check
+from jaxhpo.space import Space
+from jaxhpo.trainable import Trainable
+
+PyTree = Any
+KNOWN_ROUND = 2**31 - 2
+
+
+class Trace(NamedTuple):
+    """What a study has seen; every array has the leading axes [rounds, batch]."""
+
+    trials: Trials
+    """without `aux`"""
+    reached: jax.Array
+    """i32[rounds, batch]: training steps behind each trial"""
+    losses: jax.Array
+    """float[rounds, batch]: of the active rows"""
+    best_state: PyTree = None
+    """the training state that had the lowest finite loss; `None` for an objective"""
+
+
+class Carry(NamedTuple):
+    """A study between two rounds."""
+
+    state: PyTree
+    """of the method"""
+    bank: Bank
+    incumbent: Incumbent
+
+
+class Initial(NamedTuple):
+    """Points to start from: what the user knows already, and what is to be tried first."""
+
+    unit: np.ndarray
+    """float[n, dims]: points to be tried"""
+    hparams: PyTree
+    """shaped like the space, arrays [n, ...]"""
+    known_unit: np.ndarray
+    """float[m, dims]: points whose losses are known"""
+    known_hparams: PyTree
+    known_losses: np.ndarray
+    """float[m]"""
+
+
+class Engine(NamedTuple):
+    """A problem and a method, put together."""
+
+    start: Callable
+    """(key, settings, capacity) -> carry"""
+    round: Callable
+    """(key, round, carry) -> (carry, trace of the round)"""
+    restore: Callable
+    """(state) -> the training state as the user's functions know it"""
+
+
+def read_initial(space: Space, initial: Sequence | None) -> Initial | None:
+    """`initial` as arrays.
+
+    Args:
+      space: what the points are from.
+      initial: points of native Python values, or `(point, loss)` pairs where the loss is known.
+
+    Raises:
+      ValueError: a point is not in the space.
+    """
+    if not initial:
+        return None
+    untried, known, losses = [], [], []
+    for item in initial:
+        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float | np.number):
+            known.append(space.read(item[0]))
+            losses.append(float(item[1]))
+        else:
+            untried.append(space.read(item))
+
+    def stacked(points: list) -> tuple[np.ndarray, PyTree]:
+        if not points:
+            template = space.decode(np.zeros((0, space.dims)))
+            return np.zeros((0, space.dims)), template
+        hparams = jax.tree.map(lambda *leaves: np.stack(leaves), *points)
+        return np.asarray(space.encode(hparams)), hparams
+
+    return Initial(*stacked(untried), *stacked(known), np.array(losses))
+
+
+def begin_with(initial: Initial, trials: Trials) -> Trials:
+    """The first fresh trials of a study, replaced by the user's points."""
+    n = len(initial.unit)
+    mine = trials.active & (trials.source < 0) & (trials.id < n)
+    at = jnp.clip(trials.id, 0, n - 1)
+    pick = lambda new, old: jnp.where(  # noqa: E731
+        mine.reshape(-1, *[1] * (old.ndim - 1)), jnp.asarray(new, old.dtype)[at], old
+    )
+    return trials._replace(
+        unit=pick(initial.unit, trials.unit), hparams=jax.tree.map(pick, initial.hparams, trials.hparams)
+    )
+
+
+def tell_known(method: Method, initial: Initial, key: jax.Array, state: PyTree) -> PyTree:
+    """Tells a fresh method the results that are known: as rows of its own asks, which ran no steps."""
+    n = len(initial.known_losses)
+    for start in range(0, n, method.batch):
+        rows = slice(start, min(start + method.batch, n))
+        size = rows.stop - rows.start
+        asked, _ = method.ask(jax.random.fold_in(ask_key(key, KNOWN_ROUND), start), state)
+        put = lambda new, old, rows=rows, size=size: old.at[:size].set(jnp.asarray(new[rows], old.dtype))  # noqa: E731
+        idle = jnp.zeros(method.batch, jnp.int32)
+        losses = jnp.full(method.batch, jnp.nan, asked.unit.dtype)
+        trials = asked._replace(
+            unit=put(initial.known_unit, asked.unit),
+            hparams=jax.tree.map(put, initial.known_hparams, asked.hparams),
+            steps=idle,
+            source=idle - 1,
+            slot=idle + method.slots,
+            active=jnp.arange(method.batch) < size,
+        )
+        gradients = (jax.tree.map(jnp.zeros_like, trials.hparams),) if method.uses_gradients else ()
+        state = method.tell(state, trials, put(initial.known_losses, losses), *gradients)
+    return state
+
+
+def make_engine(
+    problem: Callable | Trainable,
+    method: Method,
+    lanes: int | None = None,
+    mesh: Mesh | None = None,
+    initial: Initial | None = None,
+) -> Engine:
+    """The two functions of which every driver is made. Arguments as in `study`, checked already."""
+    runner: Lanes = make_lanes(problem, method, lanes, mesh)
+
+    def start(key: jax.Array, settings: PyTree, capacity: int | None) -> Carry:
+        state = bare(method.init)(ask_key(key), settings)
+        if capacity is not None:
+            state = method.reserve(state, capacity)
+        if initial is not None and len(initial.known_losses):
+            state = tell_known(method, initial, key, state)
+        return Carry(state, *runner.init())
+
+    def round_(key: jax.Array, round: jax.Array, carry: Carry) -> tuple[Carry, Trace]:
+        trials, state = method.ask(ask_key(key, round), carry.state)
+        if initial is not None and len(initial.unit):
+            trials = begin_with(initial, trials)
+        told: Told
+        bank, incumbent, told = runner.run(carry.bank, carry.incumbent, trial_keys(key, trials), trials)
+        gradients = (told.gradients,) if method.uses_gradients else ()
+        state = method.tell(state, trials, told.losses, *gradients)
+        return Carry(state, bank, incumbent), Trace(trials._replace(aux=()), told.reached, told.losses)
+
+    return Engine(start, round_, runner.restore)
+
+
+def study(
+    problem: Callable | Trainable,
+    method: Method,
+    rounds: int | None = None,
+    *,
+    lanes: int | None = None,
+    mesh: Mesh | None = None,
+    initial: Sequence | None = None,
+) -> Callable:
+    """A whole study as a pure function, which `jit`, `vmap` and `grad` take like any other.
+
+    Args:
+      problem: an objective `(key, hparams) -> loss`, or a `Trainable` where the method's trials carry steps.
+      method: how to search.
+      rounds: asks, at least 1; what the method needs to end by itself if not given.
+      lanes: how many trials run side by side, at least 1; the method's batch if not given.
+      mesh: devices over which the lanes are spread.
+      initial: points of native Python values to be tried first, or `(point, loss)` pairs to be told first.
+
+    Returns:
+      `(key, settings=None) -> (state, Trace)`: the method's last state, and all that was seen. `settings` has the
+      shape of `method.settings`.
+
+    Raises:
+      ValueError, TypeError: the problem does not suit the method, or a number is out of its range.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> method = hpo.random({"x": hpo.Float(-1, 1)}, batch=4)
+      >>> run = hpo.study(lambda key, hparams: hparams["x"] ** 2, method, rounds=8)
+      >>> state, traces = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 16))
+      >>> traces.losses.shape
+      (16, 8, 4)
+    """
+    rounds = check(problem, method, lanes=lanes, rounds=rounds)
+    if rounds is None:
+        raise ValueError(f"rounds must be given, since '{method.name}' does not end by itself; say rounds=64")
+    engine = make_engine(problem, method, lanes, mesh, read_initial(method.space, initial))
+
+    def run(key: jax.Array, settings: PyTree = None) -> tuple[PyTree, Trace]:
+        settings = method.settings if settings is None else settings
+        carry = engine.start(key, settings, rounds * method.batch)
+        carry, trace = jax.lax.scan(lambda c, r: engine.round(key, r, c), carry, jnp.arange(rounds))
+        return carry.state, trace._replace(best_state=engine.restore(carry.incumbent.state))
+
+    return run
