@@ -79,15 +79,21 @@ class Outcome(NamedTuple):
     error: str | None = None
 
 
-def _evaluate(fn: Callable, hparams: PyTree) -> Outcome:
+def _outcome(future: futures.Future) -> Outcome | None:
+    """What came of an evaluation, `None` where its process died."""
     try:
-        return Outcome(float(fn(hparams)))
+        return Outcome(float(future.result()))
+    except (BrokenProcessPool, futures.CancelledError):
+        return None
     except Exception as error:
         return Outcome(math.nan, f"{type(error).__name__}: {error}")
 
 
 class _Workers:
-    """A pool that outlives the death of a worker: what ran then is run again, each alone."""
+    """A pool that outlives the death of a worker: what ran then is run again, each alone.
+
+    It is sent the user's function itself, so a process imports JAX only if that function does.
+    """
 
     def __init__(self, problem: External):
         self.problem = problem
@@ -104,18 +110,15 @@ class _Workers:
 
     def submit(self, hparams: PyTree) -> futures.Future:
         try:
-            return self._executor().submit(_evaluate, self.problem.fn, hparams)
+            return self._executor().submit(self.problem.fn, hparams)
         except BrokenProcessPool:
             self.pool = None
-            return self._executor().submit(_evaluate, self.problem.fn, hparams)
+            return self._executor().submit(self.problem.fn, hparams)
 
     def again_alone(self, hparams: PyTree) -> Outcome:
         spawn = multiprocessing.get_context("spawn")
-        try:
-            with futures.ProcessPoolExecutor(1, mp_context=spawn) as alone:
-                return alone.submit(_evaluate, self.problem.fn, hparams).result()
-        except BrokenProcessPool:
-            return Outcome(math.nan, "the worker process died")
+        with futures.ProcessPoolExecutor(1, mp_context=spawn) as alone:
+            return _outcome(alone.submit(self.problem.fn, hparams)) or Outcome(math.nan, "the worker process died")
 
     def close(self) -> None:
         if self.pool is not None:
@@ -209,8 +212,10 @@ class Host:
         self.asked.append((trials, running))
 
     def _write_down(self, id: int, future: futures.Future) -> None:
-        if not future.cancelled() and future.exception() is None:
-            self.journal.add(id, future.result())
+        with contextlib.suppress(BaseException):  # `_collect` sees it again, where it can be raised
+            outcome = _outcome(future)
+            if outcome is not None:
+                self.journal.add(id, outcome)
 
     def _collect(self, host: Trials, running: dict[int, futures.Future], seconds_left: float) -> None:
         row = {int(id): i for i, id in enumerate(host.id)}
@@ -218,12 +223,10 @@ class Host:
         with contextlib.suppress(futures.TimeoutError):
             for future in futures.as_completed(waiting, None if seconds_left == math.inf else max(seconds_left, 0)):
                 id = waiting[future]
-                try:
-                    self.journal.add(id, future.result())
-                except (BrokenProcessPool, futures.CancelledError):
-                    self.journal.add(id, self.workers.again_alone(self.method.space.native(host.hparams, row[id])))
-                except Exception as error:  # hyperparameters that cannot be sent to a process
-                    self.journal.add(id, Outcome(math.nan, f"{type(error).__name__}: {error}"))
+                outcome = _outcome(future)
+                if outcome is None:
+                    outcome = self.workers.again_alone(self.method.space.native(host.hparams, row[id]))
+                self.journal.add(id, outcome)
 
     def advance(self, tally: Tally, seconds_left: float) -> tuple[Trace, Tally]:
         """Tells one more round, or of a round that time has run out on, what is known."""

@@ -65,7 +65,8 @@ def _check_loss(what: str, loss: Any) -> None:
     leaves = jax.tree.leaves(loss)
     if len(leaves) != 1 or leaves[0].shape != () or not jnp.issubdtype(leaves[0].dtype, jnp.number):
         shapes = [f"{x.dtype.name}{list(x.shape)}" for x in leaves]
-        raise TypeError(f"{what} must return a scalar loss, got {', '.join(shapes) or loss!r}; reduce it, say by its mean")
+        got = ", ".join(shapes) or repr(loss)
+        raise TypeError(f"{what} must return a scalar loss, got {got}; reduce it, say by its mean")
 
 
 def _check_objective(objective: Callable, method: Method) -> None:

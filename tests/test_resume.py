@@ -1,0 +1,142 @@
+"""A study that is killed at any moment and resumed ends as if it had not been."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxhpo as hpo
+from jaxhpo import checkpoint
+from tests.problems import MIXED, Counter, assert_same, exact
+
+KEY = jax.random.key(11)
+KILLS = 20
+
+CHILD = """
+import pickle, sys
+import jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[3])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+import jaxhpo as hpo
+from jaxhpo import checkpoint, device
+from tests.problems import MIXED, Counter
+checkpoint.SHARE = 1.0
+device.CHUNK_SECONDS = 0.001
+slow = lambda report: __import__("time").sleep(0.02)
+method = hpo.hyperband(MIXED, max_steps=81, batch=8, cycles=2)
+result = hpo.minimize(Counter().trainable, method, key=jax.random.key(11), directory=sys.argv[1], callbacks=[slow])
+state = jax.device_get(result.best_state)
+pickle.dump((result.trials, result.best_hparams, result.best_loss, state), open(sys.argv[2], "wb"))
+"""
+
+
+def start(tmp_path: Path, name: str) -> subprocess.Popen:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", CHILD, str(tmp_path / name), str(tmp_path / f"{name}.pickle"), str(tmp_path / "cache")]
+    return subprocess.Popen(command, cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+def outcome(tmp_path: Path, name: str):
+    return pickle.loads((tmp_path / f"{name}.pickle").read_bytes())
+
+
+def test_killed_runs_end_like_the_one_that_was_not(tmp_path):
+    assert start(tmp_path, "straight").wait() == 0
+    begun = time.monotonic()
+    assert start(tmp_path, "warm").wait() == 0
+    whole = time.monotonic() - begun
+    expected = outcome(tmp_path, "straight")
+    moments = np.random.default_rng(0).uniform(0.25, 0.95, KILLS) * whole
+    resumed = 0
+    for i, moment in enumerate(moments):
+        child = start(tmp_path, f"run{i}")
+        time.sleep(moment)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        resumed += any((tmp_path / f"run{i}").glob("rounds-*")) and not (tmp_path / f"run{i}.pickle").exists()
+        assert start(tmp_path, f"run{i}").wait() == 0
+        assert_same(outcome(tmp_path, f"run{i}"), expected)
+    assert resumed >= KILLS // 4
+
+
+def test_a_finished_study_is_not_run_again(tmp_path):
+    counter = Counter()
+    method = hpo.hyperband(MIXED, max_steps=27, batch=8)
+    first = hpo.minimize(counter.trainable, method, key=KEY, directory=tmp_path)
+    second = hpo.minimize(counter.trainable, method, key=KEY, directory=tmp_path)
+    assert_same(first.trials, second.trials)
+    assert_same(jax.device_get(first.best_state), jax.device_get(second.best_state))
+    assert second.compile_seconds == 0.0
+
+
+def test_a_study_goes_on_with_a_larger_budget_and_other_lanes(tmp_path):
+    counter = Counter()
+    method = hpo.hyperband(MIXED, max_steps=27, batch=8)
+    straight = hpo.minimize(counter.trainable, method, key=KEY)
+    part = hpo.minimize(counter.trainable, method, key=KEY, directory=tmp_path, rounds=3)
+    rest = hpo.minimize(counter.trainable, method, key=KEY, directory=tmp_path, lanes=3)
+    assert part.stopped == "rounds" and len(part.trials.id) < len(rest.trials.id)
+    assert_same(rest.trials, straight.trials)
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        (dict(key=jax.random.key(1)), "key"),
+        (dict(space={**MIXED, "n": hpo.Int(1, 9)}), "space"),
+        (dict(space={**MIXED, "clip": 2.0}), "space"),
+        (dict(batch=8), "batch"),
+        (dict(repeats=2), "repeats"),
+        (dict(initial=[({"x": 0.0, "lr": 0.1, "n": 1, "act": "relu", "opt": {"choice": "sgd", "sgd": {"momentum": 0.1}}}, 1.0)]), "initial"),
+    ],
+)
+def test_a_directory_that_holds_another_study(tmp_path, change, part):
+    def run(key=KEY, space=MIXED, batch=4, **more):
+        return hpo.minimize(exact, hpo.random(space, batch=batch), key=key, trials=8, directory=tmp_path, **more)
+
+    run()
+    with pytest.raises(ValueError, match=rf"directory='.*' holds another study, which differs in .*{part}.*; give another"):
+        run(**change)
+
+
+def test_a_full_disk_costs_the_checkpoint_only(tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    counter = Counter()
+    method = hpo.hyperband(MIXED, max_steps=27, batch=8)
+    hpo.minimize(counter.trainable, method, key=KEY, directory=tmp_path, rounds=3)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", full)
+    with pytest.warns(UserWarning, match="No space left on device.*the study goes on"):
+        result = hpo.minimize(counter.trainable, method, key=KEY, directory=tmp_path)
+    assert_same(result.trials, hpo.minimize(counter.trainable, method, key=KEY).trials)
+    assert [p.name for p in sorted(tmp_path.glob("rounds-*"))] == ["rounds-3"]
+
+
+def test_a_broken_checkpoint_is_passed_over(tmp_path):
+    counter = Counter()
+    method = hpo.hyperband(MIXED, max_steps=27, batch=8)
+    for rounds in (3, 5):
+        hpo.minimize(counter.trainable, method, key=KEY, directory=tmp_path, rounds=rounds)
+    for file in (tmp_path / "rounds-5").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.warns(UserWarning, match="rounds-5 cannot be read"):
+        result = hpo.minimize(counter.trainable, method, key=KEY, directory=tmp_path)
+    assert_same(result.trials, hpo.minimize(counter.trainable, method, key=KEY).trials)
+
+
+def test_saving_takes_a_twentieth_of_the_time():
+    store = checkpoint.Directory.__new__(checkpoint.Directory)
+    store.saved, store.cost = 100.0, 0.5
+    assert [store.due(now) for now in (105.0, 109.9, 110.1)] == [False, False, True]
