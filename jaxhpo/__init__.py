@@ -1,15 +1,60 @@
 """jaxhpo: hyperparameter optimization as pure functions, for people who train with JAX and Flax."""
 
-from jaxhpo.bandit import hyperband, successive_halving
-from jaxhpo.exhaustive import grid
-from jaxhpo.gradient import unroll
-from jaxhpo.history import History
-from jaxhpo.method import Count, Method, Trials, ask_key, axes, trial_keys
+# What is searched.
 from jaxhpo.parameters import Array, Categorical, Float, Int, OneOf, Ordinal
 from jaxhpo.space import Space
-from jaxhpo.stochastic import quasirandom, random
-from jaxhpo.study import Trace, study
-from jaxhpo.trainable import Trainable
+
+# What is run.
 from jaxhpo.external import external
+from jaxhpo.flax import flax_trainable, select_optimizer
+from jaxhpo.gradient import unroll
+from jaxhpo.modules import CNN, MLP
+from jaxhpo.trainable import Trainable
+
+# How it is searched.
+from jaxhpo.bandit import hyperband, successive_halving
+from jaxhpo.exhaustive import grid
+from jaxhpo.stochastic import quasirandom, random
+
+# Running a study.
 from jaxhpo.minimize import AllTrialsFailed, minimize
 from jaxhpo.result import Result
+from jaxhpo.study import Trace, study
+
+# By hand, and for methods of your own.
+from jaxhpo.history import History
+from jaxhpo.method import Count, Method, Trials, ask_key, axes, trial_keys
+
+__all__ = [
+    "CNN",
+    "MLP",
+    "AllTrialsFailed",
+    "Array",
+    "Categorical",
+    "Count",
+    "Float",
+    "History",
+    "Int",
+    "Method",
+    "OneOf",
+    "Ordinal",
+    "Result",
+    "Space",
+    "Trace",
+    "Trainable",
+    "Trials",
+    "ask_key",
+    "axes",
+    "external",
+    "flax_trainable",
+    "grid",
+    "hyperband",
+    "minimize",
+    "quasirandom",
+    "random",
+    "select_optimizer",
+    "study",
+    "successive_halving",
+    "trial_keys",
+    "unroll",
+]

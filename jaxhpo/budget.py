@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxhpo.checks import whole
 from jaxhpo.method import Method, ranked
+from jaxhpo.space import working_dtype
 from jaxhpo.study import Trace
 
 UNLIMITED = 2**31 - 1
@@ -44,11 +46,11 @@ class Tally(NamedTuple):
 class Limits(NamedTuple):
     """What is left of a budget, as a compiled chunk sees it."""
 
-    rounds: jax.Array
-    trials: jax.Array
-    steps: jax.Array
-    target: jax.Array
-    patience: jax.Array
+    rounds: ArrayLike
+    trials: ArrayLike
+    steps: ArrayLike
+    target: ArrayLike
+    patience: ArrayLike
 
 
 def read_budget(
@@ -66,13 +68,15 @@ def read_budget(
       ValueError, TypeError: a number is out of its range, or nothing would ever end the study.
     """
     named = {"trials": trials, "steps": steps, "rounds": rounds, "patience": patience}
-    given = {name: whole(name, value, 1) for name, value in named.items() if value is not None}
+    given: dict[str, Any] = {name: whole(name, value, 1) for name, value in named.items() if value is not None}
     for name, value in {"target": target, "time_limit": time_limit}.items():
         if value is None:
             continue
         if not isinstance(value, int | float | np.number) or math.isnan(value):
             raise TypeError(f"{name} must be a number, got {value!r}")
         given[name] = float(value)
+    if "target" in given:
+        given["target"] = float(working_dtype().type(given["target"]))
     if given.get("time_limit", 1) <= 0:
         raise ValueError(f"time_limit must be above 0 seconds, got {time_limit!r}")
     if "steps" in given and not method.slots:
@@ -113,7 +117,7 @@ def limits(budget: Budget, tally: Tally, rounds: int) -> Limits:
         rounds=whole_(min(rounds, budget.rounds - tally.rounds)),
         trials=whole_(budget.trials),
         steps=whole_(budget.steps - tally.steps),
-        target=np.float32(budget.target),
+        target=working_dtype().type(budget.target),
         patience=whole_(budget.patience),
     )
 
@@ -151,7 +155,8 @@ class Meter(NamedTuple):
 
 def begin(tally: Tally) -> Meter:
     """The meter of a chunk that goes on from `tally`."""
-    return Meter(*map(np.int32, (0, tally.trials, 0)), np.float32(tally.best), np.int32(tally.improved))
+    best = working_dtype().type(tally.best)
+    return Meter(np.int32(0), np.int32(tally.trials), np.int32(0), best, np.int32(tally.improved))
 
 
 def proceed(tally: Tally, meter: Meter, steps: int) -> Tally:

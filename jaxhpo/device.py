@@ -41,13 +41,15 @@ def hoist(fn: Callable, *example: Any) -> tuple[Callable, list]:
     treedef = jax.tree.structure(shape)
 
     def run(consts: list, *args: Any) -> Any:
-        return treedef.unflatten(jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(args)))
+        return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(args)))
 
     return run, closed.consts
 
 
 def _chunk(engine: Engine, most: int) -> Callable:
-    def chunk(carry: Carry, key: jax.Array, round: jax.Array, meter: Meter, limits: Limits) -> tuple[Carry, Trace, Meter]:
+    def chunk(
+        carry: Carry, key: jax.Array, round: jax.Array, meter: Meter, limits: Limits
+    ) -> tuple[Carry, Trace, Meter]:
         shape = jax.eval_shape(lambda c: engine.round(key, round, c)[1], carry)
         traces = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shape)
 
@@ -67,6 +69,7 @@ class _Identity:
 
     def __init__(self, problem: Any, method: Method, lanes: int | None, mesh: Mesh | None, initial: Initial | None):
         self.parts = (problem, method, lanes, mesh, initial)
+        content: Any
         try:
             content = pickle.dumps((method.space.tree, jax.tree.map(np.asarray, initial)))
         except Exception:  # a constant of the space that cannot be pickled
@@ -95,7 +98,7 @@ def _start(identity: _Identity, room: int | None) -> Callable:
 @functools.lru_cache(maxsize=64)
 def _program(identity: _Identity, most: int, shape: tuple, treedef: Any) -> Program:
     begun = time.perf_counter()
-    carry = treedef.unflatten([jax.ShapeDtypeStruct(s, d) for s, d in shape])
+    carry = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(s, d) for s, d in shape])
     key = jax.eval_shape(lambda: jax.random.key(0))
     example = key, np.int32(0), begin(Tally()), limits(Budget(), Tally(), 1)
     chunk, data = hoist(_chunk(_engine(identity), most), carry, *example)
@@ -119,10 +122,10 @@ class Device:
     ):
         self.identity = _Identity(problem, method, lanes, mesh, initial)
         self.method, self.key, self.budget = method, key, budget
-        self.room = capacity(method, budget)
-        self.open = self.room is None
-        self.room = OPEN_CAPACITY if self.room is None else self.room
-        self.most = int(min(budget.rounds, self.room // method.batch if not self.open else MOST_ROUNDS, MOST_ROUNDS))
+        known = capacity(method, budget)
+        self.open = known is None
+        self.room = OPEN_CAPACITY if known is None else known
+        self.most = int(min(budget.rounds, MOST_ROUNDS if known is None else known // method.batch, MOST_ROUNDS))
         self.pace = 1.0
         self.compile_seconds = 0.0
         self.carry = _start(self.identity, self.room)(key, method.settings)
@@ -159,7 +162,7 @@ class Device:
     def load(self, leaves: list[np.ndarray]) -> None:
         """Goes on from what `save` gave."""
         treedef = jax.tree.structure(self.carry)
-        self.carry = jax.tree.map(jnp.asarray, treedef.unflatten(leaves))
+        self.carry = jax.tree.unflatten(treedef, [jnp.asarray(x) for x in leaves])
 
     def best_state(self) -> PyTree:
         """The training state with the lowest loss."""

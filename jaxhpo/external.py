@@ -170,10 +170,19 @@ class Host:
     """
 
     def __init__(
-        self, problem: External, method: Method, key: jax.Array, budget: Budget, *, initial: Initial | None, journal: Path | None
+        self,
+        problem: External,
+        method: Method,
+        key: jax.Array,
+        budget: Budget,
+        *,
+        initial: Initial | None,
+        journal: Path | None,
     ):
         if method.slots or method.uses_gradients:
-            raise TypeError(f"problem is external, but '{method.name}' trains in stretches or needs gradients; use hpo.tpe")
+            raise TypeError(
+                f"problem is external, but '{method.name}' trains in stretches or needs gradients; use hpo.tpe"
+            )
         self.method, self.key, self.budget, self.initial = method, key, budget, initial
         self.workers, self.journal = _Workers(problem), Journal(journal)
         self.ahead = 0 if problem.workers == 1 else math.ceil(2 * problem.workers / method.batch)
@@ -195,7 +204,7 @@ class Host:
 
     def _submit(self) -> None:
         pending = [trials for trials, _ in self.asked]
-        args = ()
+        args: tuple = ()
         if self.ahead:
             pending = [self.blank] * (self.ahead - len(pending)) + pending
             args = (jax.tree.map(lambda *x: jnp.concatenate(x), *pending),)
@@ -257,4 +266,3 @@ class Host:
     def close(self) -> None:
         """Ends the pool, whatever still runs in it."""
         self.workers.close()
-

@@ -65,7 +65,9 @@ class _Row(NamedTuple):
     active: jax.Array
 
 
-def make_lanes(problem: Callable | Trainable, method: Method, lanes: int | None = None, mesh: Mesh | None = None) -> Lanes:
+def make_lanes(
+    problem: Callable | Trainable, method: Method, lanes: int | None = None, mesh: Mesh | None = None
+) -> Lanes:
     """The lanes in which `problem` runs for `method`.
 
     Args:
@@ -98,8 +100,10 @@ def make_lanes(problem: Callable | Trainable, method: Method, lanes: int | None 
     def join(told: Told) -> Told:
         return jax.tree.map(lambda x: x.reshape(chunks * width, *x.shape[2:])[: method.batch], told)
 
-    part = _training if isinstance(problem, Trainable) else _evaluation
-    init, chunk, restore = part(problem, method, width, spread, -(-method.slots // width) * width if mesh else method.slots)
+    part: Callable = _training if isinstance(problem, Trainable) else _evaluation
+    init, chunk, restore = part(
+        problem, method, width, spread, -(-method.slots // width) * width if mesh else method.slots
+    )
 
     def run(bank: Bank, incumbent: Incumbent, keys: jax.Array, trials: Trials) -> tuple[Bank, Incumbent, Told]:
         rows = cut(_Row(keys, trials.hparams, trials.steps, trials.source, trials.slot, trials.active))
@@ -152,11 +156,12 @@ def value_and_gradient(space: Space, objective: Callable, key: jax.Array, hparam
     def loss(floats: list[jax.Array]) -> jax.Array:
         floats_ = iter(floats)
         merged = [next(floats_) if r else x for r, x in zip(real, leaves, strict=True)]
-        return jnp.asarray(objective(key, space.fill(treedef.unflatten(merged))), working_dtype())
+        return jnp.asarray(objective(key, space.fill(jax.tree.unflatten(treedef, merged))), working_dtype())
 
     value, slopes = jax.value_and_grad(loss)([x for r, x in zip(real, leaves, strict=True) if r])
     slopes_ = iter(slopes)
-    return value, treedef.unflatten([next(slopes_) if r else jnp.zeros_like(x) for r, x in zip(real, leaves, strict=True)])
+    gradient = [next(slopes_) if r else jnp.zeros_like(x) for r, x in zip(real, leaves, strict=True)]
+    return value, jax.tree.unflatten(treedef, gradient)
 
 
 class _Raw(NamedTuple):
@@ -191,8 +196,10 @@ def _raw(trainable: Trainable, space: Space) -> _Raw:
 
     def wrap(state: PyTree) -> PyTree:
         leaves, treedef = jax.tree.flatten(state)
-        keyed = [x if impl is None else jax.random.wrap_key_data(x, impl=impl) for x, impl in zip(leaves, impls, strict=True)]
-        return treedef.unflatten(keyed)
+        keyed = [
+            x if impl is None else jax.random.wrap_key_data(x, impl=impl) for x, impl in zip(leaves, impls, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, keyed)
 
     def init(key: jax.Array, hparams: PyTree) -> PyTree:
         return unwrap(trainable.init(jax.random.fold_in(key, 0), space.fill(hparams)))
@@ -214,7 +221,8 @@ def _training(
 
     def init() -> tuple[Bank, Incumbent]:
         bank = Bank(
-            spread(jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), raw.shape)), jnp.zeros(slots, jnp.int32)
+            spread(jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), raw.shape)),
+            jnp.zeros(slots, jnp.int32),
         )
         nobody = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), raw.shape)
         return bank, Incumbent(jnp.asarray(jnp.inf, dtype), nobody)

@@ -111,7 +111,7 @@ def minimize(
         store = Directory(directory, describe(method, key, given, repeats, kind, capacity(method, budget)))
     driver: Device | Host
     if isinstance(problem, External):
-        driver = Host(problem, method, key, budget, initial=given, journal=store and store.journal)
+        driver = Host(problem, method, key, budget, initial=given, journal=store.journal if store else None)
     else:
         driver = Device(problem, method, key, budget, lanes=lanes, mesh=mesh, initial=given)
     try:
@@ -176,21 +176,19 @@ class _Shell:
         if content is None:
             return
         assert isinstance(self.driver, Device)
-        unpack = lambda leaves: [np.asarray(leaves[f"{i:05}"]) for i in range(len(leaves))]  # noqa: E731
-        self.driver.load(unpack(content["study"]))
-        rounds, trials, steps, best, improved = unpack(content["tally"])
+        self.driver.load(_unpacked(content["study"], self.driver.save()))
+        rounds, trials, steps, best, improved = _unpacked(content["tally"], list(self.tally))
         self.tally = Tally(int(rounds), int(trials), int(steps), float(best), int(improved))
-        shape = jax.tree.structure(_blank(self.method.space))
-        self.parts = [jax.tree.unflatten(shape, unpack(content["records"]))]
+        leaves, shape = jax.tree.flatten(_blank(self.method.space))
+        self.parts = [jax.tree.unflatten(shape, _unpacked(content["records"], leaves))]
 
     def _content(self) -> PyTree:
         assert isinstance(self.driver, Device)
-        pack = lambda leaves: {f"{i:05}": np.asarray(x) for i, x in enumerate(leaves)}  # noqa: E731
         self.parts = [_joined(self.parts)]
         return {
-            "study": pack(self.driver.save()),
-            "tally": pack(self.tally),
-            "records": pack(jax.tree.leaves(self.parts[0])),
+            "study": _packed(self.driver.save()),
+            "tally": _packed(self.tally),
+            "records": _packed(jax.tree.leaves(self.parts[0])),
         }
 
     def _refuse_minus_infinity(self, records: Records) -> None:
@@ -227,11 +225,21 @@ class _Shell:
         if not len(best):
             why = next(iter(result.errors.values()), "every loss was NaN or infinite")
             raise AllTrialsFailed(
-                f"all {self.tally.trials} trials of '{self.method.name}' failed ({why}); try one of them by hand, they are "
-                "in the result of this error",
+                f"all {self.tally.trials} trials of '{self.method.name}' failed ({why}); try one of them by hand, they "
+                "are in the result of this error",
                 result,
             )
         return result
+
+
+def _packed(leaves: Sequence) -> dict[str, np.ndarray]:
+    """Arrays by name, as orbax takes them: without those that are empty."""
+    return {f"{i:05}": np.asarray(x) for i, x in enumerate(leaves) if np.size(x)}
+
+
+def _unpacked(content: dict[str, np.ndarray], template: Sequence) -> list[np.ndarray]:
+    """The inverse of `_packed`; `template` has the empty arrays."""
+    return [np.asarray(content.get(f"{i:05}", x)) for i, x in enumerate(template)]
 
 
 def _blank(space: Space) -> Records:

@@ -42,7 +42,9 @@ def check(
     elif callable(problem):
         _check_objective(problem, method)
     else:
-        raise TypeError(f"problem must be an objective (key, hparams) -> loss, a Trainable or external(fn), got {problem!r}")
+        raise TypeError(
+            f"problem must be an objective (key, hparams) -> loss, a Trainable or external(fn), got {problem!r}"
+        )
     return method.rounds if rounds is None else rounds
 
 
@@ -90,10 +92,11 @@ def _check_trainable(trainable: Trainable, method: Method) -> None:
     key, hparams = _example(method)
     state = _traced("Trainable.init", lambda k, h: trainable.init(k, fill(h)), key, hparams)
     after = _traced("Trainable.step", lambda k, s, h: trainable.step(k, s, fill(h)), key, state, hparams)
-    if jax.tree.structure(state) != jax.tree.structure(after):
+    shape: Any = jax.tree.structure(state)
+    if shape != jax.tree.structure(after):
         raise TypeError(
             "Trainable.step must return a train_state of the same structure as init, got "
-            f"{jax.tree.structure(after)} after {jax.tree.structure(state)}"
+            f"{jax.tree.structure(after)} after {shape}"
         )
     paths = jax.tree_util.tree_flatten_with_path(state)[0]
     for (path, old), new in zip(paths, jax.tree.leaves(after), strict=True):
@@ -102,4 +105,6 @@ def _check_trainable(trainable: Trainable, method: Method) -> None:
                 f"Trainable.step changed train_state{jax.tree_util.keystr(path)} from {old.dtype}{list(old.shape)} to "
                 f"{new.dtype}{list(new.shape)}; let init return what step returns"
             )
-    _check_loss("Trainable.evaluate", _traced("Trainable.evaluate", lambda s, h: trainable.evaluate(s, fill(h)), after, hparams))
+    _check_loss(
+        "Trainable.evaluate", _traced("Trainable.evaluate", lambda s, h: trainable.evaluate(s, fill(h)), after, hparams)
+    )

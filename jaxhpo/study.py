@@ -23,9 +23,9 @@ class Trace(NamedTuple):
 
     trials: Trials
     """without `aux`"""
-    reached: jax.Array
+    reached: Any
     """i32[rounds, batch]: training steps behind each trial"""
-    losses: jax.Array
+    losses: Any
     """float[rounds, batch]: of the active rows"""
     best_state: PyTree = None
     """the training state that had the lowest finite loss; `None` for an objective"""

@@ -27,7 +27,10 @@ def test_budgets_end_the_study_after_the_round_that_reaches_them():
     assert ended(rounds=2, trials=100) == ("rounds", 2, 8)
     losses = hpo.minimize(square, METHOD, key=KEY, trials=400).trials.loss
     target = float(np.sort(losses)[3])
-    assert ended(trials=400, target=target) == ("target", *(lambda r: (r, 4 * r))(int(np.argmax(losses <= target)) // 4 + 1))
+    assert ended(trials=400, target=target) == (
+        "target",
+        *(lambda r: (r, 4 * r))(int(np.argmax(losses <= target)) // 4 + 1),
+    )
     running = np.minimum.accumulate(losses.reshape(-1, 4).min(1))
     stale = [4 * (r + 1) - 4 * (np.flatnonzero(running == running[r])[0] + 1) for r in range(len(running))]
     rounds = int(np.argmax(np.array(stale) >= 40)) + 1
@@ -159,7 +162,13 @@ def test_minus_infinity_is_refused():
         (square, METHOD, {"trials": 8, "repeats": 0}, ValueError, "repeats must be at least 1, got 0"),
         (square, METHOD, {"trials": 8, "target": math.nan}, TypeError, "target must be a number, got nan"),
         (square, METHOD, {"time_limit": -1}, ValueError, "time_limit must be above 0 seconds, got -1"),
-        (square, METHOD, {"trials": 8, "key": 3}, TypeError, r"key must be one PRNG key, got 3; say jax.random.key\(0\)"),
+        (
+            square,
+            METHOD,
+            {"trials": 8, "key": 3},
+            TypeError,
+            r"key must be one PRNG key, got 3; say jax.random.key\(0\)",
+        ),
         (square, X, {"trials": 8}, TypeError, "method must be a jaxhpo Method"),
         (3, METHOD, {"trials": 8}, TypeError, "problem must be an objective"),
         (lambda key, h: jnp.stack([h["x"]] * 2), METHOD, {"trials": 8}, TypeError, r"scalar loss, got float32\[2\]"),
@@ -181,7 +190,13 @@ def test_minus_infinity_is_refused():
             TypeError,
             "Trainable.evaluate must return a scalar loss",
         ),
-        (hpo.external(time.sleep), hpo.hyperband(X, max_steps=9), {}, TypeError, "problem is external, but 'hyperband'"),
+        (
+            hpo.external(time.sleep),
+            hpo.hyperband(X, max_steps=9),
+            {},
+            TypeError,
+            "problem is external, but 'hyperband'",
+        ),
     ],
 )
 def test_bad_input_is_named_before_anything_is_compiled(problem, method, arguments, kind, words, monkeypatch):
@@ -193,7 +208,9 @@ def test_bad_input_is_named_before_anything_is_compiled(problem, method, argumen
         hpo.minimize(problem, method, **{"key": KEY, **arguments})
 
 
-@pytest.mark.parametrize("make", [hpo.random, hpo.quasirandom, hpo.grid, lambda s, batch: hpo.hyperband(s, max_steps=9, batch=batch)])
+@pytest.mark.parametrize(
+    "make", [hpo.random, hpo.quasirandom, hpo.grid, lambda s, batch: hpo.hyperband(s, max_steps=9, batch=batch)]
+)
 def test_a_batch_below_1_is_refused(make):
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         make(X, batch=0)

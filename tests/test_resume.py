@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -39,7 +40,14 @@ pickle.dump((result.trials, result.best_hparams, result.best_loss, state), open(
 
 def start(tmp_path: Path, name: str) -> subprocess.Popen:
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", CHILD, str(tmp_path / name), str(tmp_path / f"{name}.pickle"), str(tmp_path / "cache")]
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        str(tmp_path / name),
+        str(tmp_path / f"{name}.pickle"),
+        str(tmp_path / "cache"),
+    ]
     return subprocess.Popen(command, cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
@@ -54,15 +62,19 @@ def test_killed_runs_end_like_the_one_that_was_not(tmp_path):
     whole = time.monotonic() - begun
     expected = outcome(tmp_path, "straight")
     moments = np.random.default_rng(0).uniform(0.25, 0.95, KILLS) * whole
-    resumed = 0
-    for i, moment in enumerate(moments):
+
+    def kill_and_resume(i: int) -> bool:
         child = start(tmp_path, f"run{i}")
-        time.sleep(moment)
+        time.sleep(moments[i])
         child.send_signal(signal.SIGKILL)
         child.wait()
-        resumed += any((tmp_path / f"run{i}").glob("rounds-*")) and not (tmp_path / f"run{i}.pickle").exists()
+        part = any((tmp_path / f"run{i}").glob("rounds-*")) and not (tmp_path / f"run{i}.pickle").exists()
         assert start(tmp_path, f"run{i}").wait() == 0
         assert_same(outcome(tmp_path, f"run{i}"), expected)
+        return part
+
+    with ThreadPoolExecutor(2) as pool:
+        resumed = sum(pool.map(kill_and_resume, range(KILLS)))
     assert resumed >= KILLS // 4
 
 
@@ -94,7 +106,23 @@ def test_a_study_goes_on_with_a_larger_budget_and_other_lanes(tmp_path):
         (dict(space={**MIXED, "clip": 2.0}), "space"),
         (dict(batch=8), "batch"),
         (dict(repeats=2), "repeats"),
-        (dict(initial=[({"x": 0.0, "lr": 0.1, "n": 1, "act": "relu", "opt": {"choice": "sgd", "sgd": {"momentum": 0.1}}}, 1.0)]), "initial"),
+        (
+            dict(
+                initial=[
+                    (
+                        {
+                            "x": 0.0,
+                            "lr": 0.1,
+                            "n": 1,
+                            "act": "relu",
+                            "opt": {"choice": "sgd", "sgd": {"momentum": 0.1}},
+                        },
+                        1.0,
+                    )
+                ]
+            ),
+            "initial",
+        ),
     ],
 )
 def test_a_directory_that_holds_another_study(tmp_path, change, part):
@@ -102,7 +130,9 @@ def test_a_directory_that_holds_another_study(tmp_path, change, part):
         return hpo.minimize(exact, hpo.random(space, batch=batch), key=key, trials=8, directory=tmp_path, **more)
 
     run()
-    with pytest.raises(ValueError, match=rf"directory='.*' holds another study, which differs in .*{part}.*; give another"):
+    with pytest.raises(
+        ValueError, match=rf"directory='.*' holds another study, which differs in .*{part}.*; give another"
+    ):
         run(**change)
 
 
@@ -120,7 +150,7 @@ def test_a_full_disk_costs_the_checkpoint_only(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="No space left on device.*the study goes on"):
         result = hpo.minimize(counter.trainable, method, key=KEY, directory=tmp_path)
     assert_same(result.trials, hpo.minimize(counter.trainable, method, key=KEY).trials)
-    assert [p.name for p in sorted(tmp_path.glob("rounds-*"))] == ["rounds-3"]
+    assert max(p.name for p in tmp_path.glob("rounds-*")) == "rounds-3"
 
 
 def test_a_broken_checkpoint_is_passed_over(tmp_path):

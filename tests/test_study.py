@@ -93,7 +93,9 @@ def test_a_bank_takes_key_arrays_and_best_state_is_the_winner():
     key, x = trace.best_state
     assert abs(float(x)) == losses.min()
     trial_key = jax.random.fold_in(jax.random.split(KEY)[1], trace.trials.id[r, i])
-    assert jnp.array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.fold_in(trial_key, trace.reached[r, i])))
+    assert jnp.array_equal(
+        jax.random.key_data(key), jax.random.key_data(jax.random.fold_in(trial_key, trace.reached[r, i]))
+    )
 
 
 def test_settings_are_an_argument_of_a_study():
@@ -108,7 +110,9 @@ def test_settings_are_an_argument_of_a_study():
             unit = jnp.full_like(trials.unit, state[1])
             return trials._replace(unit=unit, hparams=inner.space.decode(unit)), (rest, state[1])
 
-        return inner._replace(settings=jnp.float32(0.25), init=init, ask=ask, tell=lambda s, t, losses, gradients=None: s)
+        return inner._replace(
+            settings=jnp.float32(0.25), init=init, ask=ask, tell=lambda s, t, losses, gradients=None: s
+        )
 
     run = hpo.study(lambda key, h: h["x"], shifted({"x": hpo.Float(0.0, 1.0)}), 1)
     _, traces = jax.jit(jax.vmap(run, (None, 0)))(KEY, jnp.array([0.0, 0.5, 1.0]))

@@ -180,7 +180,9 @@ def _functions(
         at = jnp.asarray(tables.offset)[table.bracket] + table.member
         owner = records.place.bracket
         mine = jnp.where(owner >= 0, jnp.asarray(tables.offset)[owner] + records.place.member, tables.members)
-        holder = jnp.full(tables.members, slots, jnp.int32).at[mine].set(jnp.arange(slots, dtype=jnp.int32), mode="drop")
+        holder = (
+            jnp.full(tables.members, slots, jnp.int32).at[mine].set(jnp.arange(slots, dtype=jnp.int32), mode="drop")
+        )
         free = jnp.nonzero(owner < 0, size=batch, fill_value=slots)[0].astype(jnp.int32)
         turn = jnp.cumsum(fresh) - 1
         slot = jnp.where(fresh, free[turn], jnp.where(planned, holder[at], slots))
@@ -214,7 +216,9 @@ def _functions(
         owner = state.kept.place.trial[jnp.minimum(row.slot, slots - 1)]
         vacant = state.kept.place.bracket[jnp.minimum(row.slot, slots - 1)] < 0
         known = trials.active & (vacant | (owner == row.place.trial))
-        told = Kept(row.place, trials.unit, ranked(losses).astype(trials.unit.dtype), row.ends | failed(losses), row.aux)
+        told = Kept(
+            row.place, trials.unit, ranked(losses).astype(trials.unit.dtype), row.ends | failed(losses), row.aux
+        )
         records = _put(state.kept, jnp.where(known, row.slot, slots), told)
         learns = trials.active & (row.ends | failed(losses)) & (row.place.rung == 0)
         seen = trials._replace(aux=row.aux, active=learns, steps=row.reached)
@@ -235,7 +239,7 @@ def race(
     in_flight: int,
     sampler: Callable,
 ) -> Method:
-    """A `Method` in which the trials of `brackets` race, their configurations chosen by `sampler(space, batch=batch)`."""
+    """A `Method` in which the trials of `brackets` race; `sampler(space, batch=batch)` chooses the configurations."""
     space = Space.of(space)
     inner = sampler(space, batch=batch)
     if inner.slots or inner.rounds is not None or inner.batch != batch:

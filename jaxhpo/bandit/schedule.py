@@ -164,9 +164,7 @@ class _Race:
             states += min(self.brackets[b][rung].members - waiting, kept(self.brackets[b], rung)) + waiting
             if rung == 0:
                 states -= sum(len(g.members) for g in groups if g.left == self.whole(b))
-        return states + sum(
-            len(g.members) for b, g in chosen if self.standing[b] == 0 and g.left == self.whole(b)
-        )
+        return states + sum(len(g.members) for b, g in chosen if self.standing[b] == 0 and g.left == self.whole(b))
 
     def advance(self, chosen: list[tuple[int, _Group]], steps: int) -> None:
         """Trains the chosen ones; a bracket whose rung is done moves up, or makes room for the next one."""
@@ -210,8 +208,8 @@ def _draw(brackets: Sequence[Bracket], batch: int, in_flight: int, bonus: np.nda
         slots = max(slots, race.held(chosen))
         race.advance(chosen, steps)
     bracket, rung, fresh, ends, member, trial = np.moveaxis(np.stack(rows).astype(np.int32), 1, 0)
-    steps = np.array(lengths, np.int32)
-    return Schedule(Timetable(bracket, rung, member, trial, fresh == 1, ends == 1, steps, np.stack(standing)), slots)
+    quanta = np.array(lengths, np.int32)
+    return Schedule(Timetable(bracket, rung, member, trial, fresh == 1, ends == 1, quanta, np.stack(standing)), slots)
 
 
 @functools.lru_cache(maxsize=256)

@@ -53,7 +53,12 @@ def test_brackets_are_those_of_the_published_table():
 
 @pytest.mark.parametrize(
     "trials, steps, most, rungs",
-    [(9, 1, 9, [(9, 1), (3, 3), (1, 9)]), (9, 1, 81, [(9, 1), (3, 3), (1, 81)]), (2, 5, 5, [(2, 5)]), (10, 2, 10, [(10, 2), (3, 6), (1, 10)])],
+    [
+        (9, 1, 9, [(9, 1), (3, 3), (1, 9)]),
+        (9, 1, 81, [(9, 1), (3, 3), (1, 81)]),
+        (2, 5, 5, [(2, 5)]),
+        (10, 2, 10, [(10, 2), (3, 6), (1, 10)]),
+    ],
 )
 def test_halving_ends_at_max_steps(trials, steps, most, rungs):
     assert [tuple(r) for r in halving(trials, steps, most, 3)] == rungs
@@ -74,15 +79,15 @@ def test_equals_a_plain_hyperband(batch):
     owner = collections.defaultdict(dict)
     for b, m, t in zip(plan.bracket[starts], plan.member[starts], plan.trial[starts], strict=True):
         owner[int(b)][int(m)] = int(t)
-    expected = plain_hyperband(
-        hyperband_brackets(81, 3, 1), lambda b, m, steps: trial_loss(value[owner[b][m]], steps)
-    )
+    expected = plain_hyperband(hyperband_brackets(81, 3, 1), lambda b, m, steps: trial_loss(value[owner[b][m]], steps))
     furthest = collections.defaultdict(int)
     for t, r in zip(ids.tolist(), reached.tolist(), strict=True):
         furthest[t] = max(furthest[t], r)
     assert {t: r for t, r in furthest.items()} == {owner[b][m]: r for (b, m), r in expected.items()}
     assert losses.tolist() == [trial_loss(a, s) for a, s in zip(x, reached, strict=True)]
-    resumed = sum(n * (s - (ladder[i - 1][1] if i else 0)) for ladder in LI_ET_AL.values() for i, (n, s) in enumerate(ladder))
+    resumed = sum(
+        n * (s - (ladder[i - 1][1] if i else 0)) for ladder in LI_ET_AL.values() for i, (n, s) in enumerate(ladder)
+    )
     assert int((np.asarray(trace.trials.steps)[active]).sum()) == resumed == 1404
 
 

@@ -1,0 +1,5 @@
+"""Exhaustive search: every point of a grid."""
+
+from jaxhpo.exhaustive.grid import grid
+
+__all__ = ["grid"]

@@ -1,0 +1,367 @@
+"""What `minimize` gives back: every evaluation as arrays, the best of them, and tables, frames and plots of both."""
+
+import collections
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from jaxhpo.codec import Leaf
+from jaxhpo.parameters import Categorical, Int, OneOf, Ordinal, Parameter
+from jaxhpo.space import Space
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+PyTree = Any
+
+
+def optional(module: str, purpose: str) -> Any:
+    """A module of the extra `plot`, or an error that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"{purpose} needs {package}; install it with: pip install 'jaxhpo[plot]'") from error
+
+
+class Records(NamedTuple):
+    """Every evaluation of a study, one row each, in the order told.
+
+    A trial that trains in several stretches has a row for each. Results that the user brought along come first, in
+    round -1, with ids below 0.
+    """
+
+    round: np.ndarray
+    """i32[n]: the ask that it belongs to"""
+    id: np.ndarray
+    """i32[n]: the trial"""
+    unit: np.ndarray
+    """float[n, dims] in [0, 1]: the trial as a point of the unit cube"""
+    hparams: PyTree
+    """shaped like the space, arrays [n, ...]; constants are `None`"""
+    steps: np.ndarray
+    """i32[n]: training steps reached; 0 where trials carry none"""
+    loss: np.ndarray
+    """float[n]: lower is better; NaN and the infinities are failures"""
+
+    @property
+    def size(self) -> int:
+        """How many trials ran."""
+        return len(np.unique(self.id[self.id >= 0]))
+
+    @property
+    def failed(self) -> np.ndarray:
+        """bool[n]: which rows have no finite loss."""
+        return ~np.isfinite(self.loss)
+
+    def best(self, n: int | None = None) -> np.ndarray:
+        """The row with the lowest loss of each trial that has a finite one, best trial first; the `n` best of them.
+
+        Ties go to the lower id, then to the earlier row.
+
+        Returns:
+          i64[m], rows.
+        """
+        order = np.lexsort((self.id, np.where(self.failed, np.inf, self.loss)))
+        order = order[: np.count_nonzero(~self.failed)]
+        _, first = np.unique(self.id[order], return_index=True)
+        return order[np.sort(first)][:n]
+
+    def dead(self) -> np.ndarray:
+        """The last row of each trial that has no finite loss: i64[m], by id."""
+        ids = np.setdiff1d(self.id, self.id[~self.failed])
+        rows = np.flatnonzero(np.isin(self.id, ids))[::-1]
+        return rows[np.unique(self.id[rows], return_index=True)[1]]
+
+
+class Column(NamedTuple):
+    """One dim of the space over the rows of some records."""
+
+    name: str
+    """path of the dim, such as "optimizer.sgd.momentum" """
+    parameter: Parameter
+    options: tuple | None
+    """what the parameter chooses from, `None` where it is a number"""
+    values: np.ndarray
+    """[n]: numbers, or the index of the option"""
+    live: np.ndarray
+    """bool[n]: False where the branch that it belongs to is not chosen"""
+
+    def native(self) -> np.ndarray:
+        """[n]: Python values, options themselves; None or NaN where the dim is not live."""
+        if self.options is not None:
+            table = np.empty(len(self.options) + 1, object)
+            for i, option in enumerate(self.options):
+                table[i] = option
+            return table[np.where(self.live, self.values, len(self.options))]
+        if isinstance(self.parameter, Int):
+            values = self.values.astype(object)
+            values[~self.live] = None
+            return values
+        return np.where(self.live, self.values, np.nan)
+
+
+def _options(parameter: Parameter) -> tuple | None:
+    if isinstance(parameter, OneOf):
+        return tuple(parameter.branches)
+    return tuple(parameter.options) if isinstance(parameter, Categorical | Ordinal) else None
+
+
+def _values(leaf: Leaf, array: np.ndarray) -> np.ndarray:
+    """Numbers or indices of options, from what the leaf decodes to: [n, size]."""
+    if leaf.kind == "relaxed":
+        return np.argmax(array, axis=-1)[:, None]
+    if leaf.kind in ("float", "int", "bool"):
+        options = leaf.parameter.options
+        seen, position = np.unique(array, return_inverse=True)
+        natives = [leaf.parameter.native(value) for value in seen]
+        levels = [next(i for i, option in enumerate(options) if option is native) for native in natives]
+        return np.array(levels, int)[position][:, None]
+    return array.reshape(len(array), leaf.size).astype(float if leaf.kind == "real" else np.int64)
+
+
+def columns(space: Space, hparams: PyTree) -> list[Column]:
+    """The hyperparameters of many trials, dim by dim.
+
+    Args:
+      space: the space that they are from.
+      hparams: shaped like the space, arrays [n, ...]; constants are `None`.
+
+    Returns:
+      One column for each of `space.names`.
+    """
+    dims: list[Column] = []
+    for leaf, array in zip(space.leaves, space.flatten(hparams), strict=True):
+        values = _values(leaf, np.asarray(array))
+        live = np.ones(len(values), bool)
+        if leaf.parent >= 0:
+            parent = dims[leaf.parent]
+            live = parent.live & (parent.values == leaf.branch)
+        options = _options(leaf.parameter)
+        for i in range(leaf.size):
+            dims.append(Column(space.names[leaf.start + i], leaf.parameter, options, values[:, i], live))
+    return dims
+
+
+def take(hparams: PyTree, rows: np.ndarray) -> PyTree:
+    """Some rows of `hparams`."""
+    return jax.tree.map(lambda x: np.asarray(x)[rows], hparams)
+
+
+def show(value: Any) -> str:
+    """A hyperparameter as short text."""
+    return f"{value:.4g}" if isinstance(value, float) else str(getattr(value, "__name__", value))
+
+
+class TrialTable(Table):
+    """A `rich` table with a line below it, which `print` shows, too."""
+
+    note = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from super().__rich_console__(console, options)
+        if self.note:
+            yield Text(self.note, style="dim")
+
+    def __str__(self) -> str:
+        console = Console()
+        # Squeezing helps at a screen only: a log can hold the natural width.
+        if not console.is_terminal:
+            natural = Measurement.get(console, console.options.update(max_width=10_000), self).maximum
+            console.width = max(natural, len(self.note))
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
+
+    __repr__ = __str__
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """What a study found.
+
+    Args:
+      space: what was searched.
+      trials: every evaluation, as arrays.
+      best_hparams: hyperparameters of the best trial, as native Python values; `None` if every trial failed.
+      best_loss: the lowest finite loss told.
+      best_state: the training state that had it, `None` where trials keep none.
+      errors: what went wrong, by trial; a trial whose loss was not finite has no message.
+      stopped: why the study ended: "trials", "steps", "rounds", "method", "target", "time_limit", "patience" or
+        "callback".
+      seconds: wall-clock time in all.
+      compile_seconds: the part of it that went to tracing and compiling.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> space = {"lr": hpo.Float(0.0, 1.0), "net": hpo.Categorical(("mlp", "cnn"))}
+      >>> def objective(key, hparams):
+      ...     return jax.numpy.log(hparams["lr"]) ** 2 + hparams["net"]  # no logarithm of 0: that trial fails
+      >>> result = hpo.minimize(objective, hpo.grid(space, points=3), key=jax.random.key(0))
+      >>> result.best_hparams, result.best_loss, result.stopped
+      ({'lr': 1.0, 'net': 'mlp'}, 0.0, 'method')
+      >>> print(result.table(3))
+       rank   id       loss   lr    net
+       ────────────────────────────────
+          1    4          0   1     mlp
+          2    2   0.480453   0.5   mlp
+          3    5          1   1     cnn
+      <BLANKLINE>
+      2 of 6 trials failed: 2 × loss not finite
+      >>> result.best_so_far()[1].tolist()[-1]
+      0.0
+    """
+
+    space: Space
+    trials: Records
+    best_hparams: PyTree
+    best_loss: float
+    best_state: PyTree
+    errors: dict[int, str]
+    stopped: str
+    seconds: float
+    compile_seconds: float
+
+    def __repr__(self) -> str:
+        failed = len(self.trials.dead())
+        return (
+            f"Result(best_loss={self.best_loss:.6g}, trials={self.trials.size}, "
+            f"{f'failed={failed}, ' if failed else ''}stopped={self.stopped!r}, "
+            f"seconds={self.seconds:.3g}, compile_seconds={self.compile_seconds:.3g})"
+        )
+
+    def best_so_far(self) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest loss after each evaluation.
+
+        Returns:
+          evaluations: i64[n], 1 to n.
+          best: f64[n], the lowest finite loss of that many evaluations, +inf as long as there is none.
+        """
+        losses = np.where(self.trials.failed, np.inf, self.trials.loss.astype(float))
+        return np.arange(1, len(losses) + 1), np.minimum.accumulate(losses)
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """Every evaluation as a row of a pandas frame.
+
+        Returns:
+          A frame with the columns `round`, `id`, `steps`, `loss`, `failed`, then one for each of `space.names` with
+          native values: options themselves, and missing where a dim of a conditional is not live. A hyperparameter
+          that has the name of one of the first five is found at `hparams.<name>`.
+
+        Raises:
+          ImportError: pandas is not installed.
+        """
+        pandas = optional("pandas", "to_dataframe")
+        t = self.trials
+        recorded = {"round": t.round, "id": t.id, "steps": t.steps, "loss": t.loss, "failed": t.failed}
+        names, data = list(recorded), list(recorded.values())
+        for column in columns(self.space, t.hparams):
+            names.append(f"hparams.{column.name}" if column.name in recorded else column.name)
+            data.append(_series(pandas, column))
+        frame = pandas.DataFrame(dict(enumerate(data)))
+        frame.columns = names
+        return frame
+
+    def failures(self) -> dict[str, int]:
+        """How many trials failed of what, most frequent first: the first line of a message and its count."""
+        ids = self.trials.id[self.trials.dead()].tolist()
+        messages = [self.errors.get(i, "").strip() or "loss not finite" for i in ids]
+        return dict(collections.Counter(message.splitlines()[0] for message in messages).most_common())
+
+    def rows(self, n: int = 10, parameters: int = 8) -> tuple[list[str], list[list[str]]]:
+        """The `n` best trials as text, best first: header and rows of `table`."""
+        t = self.trials
+        best = t.best(n)
+        found = [c for c in columns(self.space, take(t.hparams, best)) if c.live.any()]
+        shown, hidden = found[:parameters], len(found[parameters:])
+        trained = bool((t.steps > 0).any())
+        header = ["rank", "id", *(["steps"] if trained else []), "loss", *(c.name for c in shown)]
+        cells = [[show(v) if live else "" for v, live in zip(c.native().tolist(), c.live, strict=True)] for c in shown]
+        body = []
+        for i, row in enumerate(best.tolist()):
+            steps = [str(t.steps[row])] if trained else []
+            body.append(
+                [
+                    str(i + 1),
+                    str(t.id[row]) if t.id[row] >= 0 else "known",
+                    *steps,
+                    f"{t.loss[row]:.6g}",
+                    *(c[i] for c in cells),
+                ]
+            )
+        return [*header, f"+ {hidden} more"] if hidden else header, [[*b, "…"] if hidden else b for b in body]
+
+    def table(self, n: int = 10, parameters: int = 8) -> TrialTable:
+        """The best trials, each at its lowest loss, and a count of what failed, to `print` or to show in a notebook.
+
+        Args:
+          n: number of trials.
+          parameters: number of hyperparameters, in the order of `space.names`; one that is live in none of these
+            trials is left out.
+
+        Returns:
+          A `rich` table.
+        """
+        header, body = self.rows(n, parameters)
+        table = TrialTable(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        table.note = self._note()
+        for name in header:
+            table.add_column(Text(name), justify="right" if name in ("rank", "id", "steps", "loss") else "left")
+        for i, row in enumerate(body):
+            table.add_row(*(Text(cell) for cell in row), style="bold green" if i == 0 else None)
+        return table
+
+    def _note(self) -> str:
+        failures = self.failures()
+        if not failures:
+            return ""
+        head = f"{sum(failures.values())} of {self.trials.size} trials failed: "
+        most = [f"{count} × {message}" for message, count in list(failures.items())[:3]]
+        return head + ", ".join(most + (["…"] if len(failures) > 3 else []))
+
+    def plot(
+        self,
+        kind: Literal["best_so_far", "learning_curves", "parallel_coordinates", "slices"] = "best_so_far",
+        **options: Any,
+    ) -> "Figure":
+        """A plot from `jaxhpo.plots`, as a matplotlib figure.
+
+        Args:
+          kind: name of the function in `jaxhpo.plots`.
+          **options: its other arguments.
+
+        Raises:
+          ValueError: there is no such plot, or nothing to show in it.
+          ImportError: matplotlib is not installed.
+        """
+        from jaxhpo import plots
+
+        if kind not in plots.KINDS:
+            raise ValueError(f"kind must be one of {tuple(plots.KINDS)}, got {kind!r}")
+        return plots.KINDS[kind](self, **options)
+
+    def report(self, path: str | Path, *, title: str | None = None, facts: dict[str, str] | None = None) -> Path:
+        """Writes all of it into one HTML file, which needs nothing else; see `jaxhpo.report.report`."""
+        from jaxhpo.report import report
+
+        return report(self, path, title=title, facts=facts)
+
+
+def _series(pandas: Any, column: Column) -> Any:
+    """A column for a frame, in the tightest dtype that keeps its values as they are."""
+    if isinstance(column.parameter, Int):
+        return column.values if column.live.all() else pandas.arrays.IntegerArray(column.values, ~column.live)
+    types = {type(option) for option in column.options or ()}
+    if column.live.all() and types in ({int}, {float}, {bool}):
+        return np.asarray(column.options)[column.values]
+    return column.native()

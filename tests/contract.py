@@ -1,0 +1,199 @@
+"""The registry of the contract suite, and what drives a method through it.
+
+A method joins with one line in `CASES`. `build` takes a search space and fixes the rest: a batch of about five, and so
+few trials that a bandit or a grid is done after some twenty asks.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxhpo as hpo
+from jaxhpo.bandit import hyperband, successive_halving
+from jaxhpo.exhaustive import grid
+from jaxhpo.method import Method, Trials
+from jaxhpo.stochastic import quasirandom, random
+
+
+class Case(NamedTuple):
+    """A method under test."""
+
+    name: str
+    build: Callable[[Any], Method]
+    keyed: bool = True
+    """whether another key gives other trials"""
+
+
+CASES = [
+    Case("grid", lambda space: grid(space, points=2, batch=5), keyed=False),
+    Case("random", lambda space: random(space, batch=5)),
+    Case("quasirandom", lambda space: quasirandom(space, batch=5)),
+    Case("quasirandom-halton", lambda space: quasirandom(space, sequence="halton", batch=5)),
+    Case("successive_halving", lambda space: successive_halving(space, trials=9, max_steps=9, batch=4)),
+    Case("hyperband", lambda space: hyperband(space, max_steps=9, batch=5)),
+]
+NAMES = [case.name for case in CASES]
+
+SPACES: dict[str, Any] = {
+    "mixed": {
+        "lr": hpo.Float(1e-5, 1e-1, log=True),
+        "width": hpo.Int(16, 256, log=True),
+        "activation": hpo.Categorical(("relu", "gelu", "silu")),
+        "batch_size": hpo.Ordinal((16, 64)),
+        "weights": hpo.Array(2, -1.0, 1.0),
+        "clip": 1.0,
+    },
+    "conditional": {
+        "optimizer": hpo.OneOf(
+            sgd={"momentum": hpo.Float(0.0, 0.99), "nesterov": hpo.OneOf(no={}, yes={"gain": hpo.Float(0.5, 2.0)})},
+            adam={"b1": hpo.Float(0.8, 0.99)},
+        ),
+        "lr": hpo.Float(1e-3, 1.0, log=True),
+    },
+    "categorical": {
+        "a": hpo.Categorical(("x", "y", "z")),
+        "b": hpo.Categorical((0.5, 1.5, 4.0)),
+        "c": hpo.Categorical((False, True)),
+    },
+    "one": {"x": hpo.Float(-2.0, 3.0)},
+}
+
+
+class Rig(NamedTuple):
+    """A method on a space, compiled once for all tests."""
+
+    case: Case
+    method: Method
+    init: Callable
+    ask: Callable
+    tell: Callable
+    traced: dict[str, int]
+    """how often each function has been traced"""
+
+
+@functools.cache
+def rig(name: str, space: str = "mixed") -> Rig:
+    """The registered method `name` on the space of that name."""
+    case = next(case for case in CASES if case.name == name)
+    method, traced = case.build(hpo.Space(SPACES[space])), {"init": 0, "ask": 0, "tell": 0}
+
+    def counted(which: str) -> Callable:
+        def function(*args: Any) -> Any:
+            traced[which] += 1
+            return getattr(method, which)(*args)
+
+        return jax.jit(function)
+
+    return Rig(case, method, counted("init"), counted("ask"), counted("tell"), traced)
+
+
+def loss_of(trials: Trials) -> jax.Array:
+    """A smooth bowl with distinct values, better with more steps."""
+    unit = np.asarray(trials.unit)
+    bowl = ((unit - 0.3) ** 2 * np.arange(1, unit.shape[1] + 1)).sum(1)
+    return jnp.asarray(bowl + 1 / (1 + np.asarray(trials.steps)), unit.dtype)
+
+
+def play(
+    rig: Rig,
+    state: Any,
+    rounds: range,
+    losses: Callable[[Trials], jax.Array] | None = loss_of,
+    seed: int = 0,
+) -> tuple[list[Trials], Any]:
+    """The asks of some rounds, and the state after them; without `losses` nothing is told."""
+    asked = []
+    for now in rounds:
+        trials, state = rig.ask(jax.random.fold_in(jax.random.key(seed), now), state)
+        asked.append(trials)
+        if losses is not None:
+            state = rig.tell(state, trials, losses(trials))
+    return jax.device_get(asked), state
+
+
+def start(rig: Rig, seed: int = 0) -> Any:
+    """A state from `init`."""
+    return rig.init(jax.random.key(seed))
+
+
+def floats(tree: Any) -> list[np.ndarray]:
+    """The floating-point leaves."""
+    leaves = [np.asarray(x) for x in jax.tree.leaves(tree)]
+    return [x for x in leaves if np.issubdtype(x.dtype, np.floating)]
+
+
+def check_asks(method: Method, asked: list[Trials], told: bool = True) -> None:
+    """Everything that the contract says about a study's asks, given from the first one on."""
+    next_id, bank = 0, dict[int, int]()
+    for trials in asked:
+        next_id = _check_ask(method, trials, next_id, bank, told)
+
+
+def _check_ask(method: Method, trials: Trials, next_id: int, bank: dict[int, int], told: bool) -> int:
+    n, on = method.batch, trials.active
+    assert trials.unit.shape == (n, method.space.dims) and trials.unit.dtype == np.float32
+    assert ((trials.unit >= 0) & (trials.unit <= 1)).all()
+    for name in ("id", "steps", "source", "slot"):
+        assert getattr(trials, name).shape == (n,) and getattr(trials, name).dtype == np.int32, name
+    assert on.dtype == bool and (np.diff(on.astype(int)) <= 0).all(), "active rows come first"
+    assert (trials.id[~on] == -1).all()
+    expected = jax.tree.leaves(decode(method.space, trials.unit))
+    for value, same in zip(jax.tree.leaves(trials.hparams), expected, strict=True):
+        np.testing.assert_allclose(value, same, rtol=1e-6, atol=1e-7)
+
+    ids = trials.id[on].tolist()
+    new = [i for i in ids if i >= next_id]
+    assert len(set(ids)) == len(ids) and min(ids, default=0) >= 0
+    assert new == list(range(next_id, next_id + len(new))), "new ids count up"
+
+    steps, source, slot = trials.steps[on], trials.source[on], trials.slot[on]
+    assert ((trials.slot >= 0) & (trials.slot <= method.slots)).all()
+    assert ((trials.source >= -1) & (trials.source < max(method.slots, 1))).all()
+    if not method.slots:
+        assert (trials.steps == 0).all() and (source == -1).all() and ids == new
+        return next_id + len(new)
+    assert len(set(steps.tolist())) <= 1 and (steps >= 1).all(), "equal steps"
+    written = slot[slot < method.slots].tolist()
+    assert len(set(written)) == len(written), "no slot is written twice"
+    for i, s, w in zip(ids, source.tolist(), slot.tolist(), strict=True):
+        assert i in new or s >= 0, "a trial that goes on has a training state"
+        assert w == method.slots or w == s or w not in source.tolist(), "a slot that is read is written by its reader"
+        if s >= 0 and i not in new:
+            assert bank[s] == i, "a trial goes on from its own training state"
+        assert s == -1 or s in bank
+    bank.update((w, i) for i, w in zip(ids, slot.tolist(), strict=True) if w < method.slots)
+    return next_id + len(new)
+
+
+@functools.cache
+def _decoder(space: hpo.Space) -> Callable:
+    return jax.jit(space.decode)
+
+
+def decode(space: hpo.Space, unit: np.ndarray) -> Any:
+    """`space.decode`, compiled once a space."""
+    return jax.device_get(_decoder(space)(unit))
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal in every bit."""
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+class Compiles:
+    """Counts what JAX traces and compiles."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **kwargs: Any) -> None:
+        del duration, kwargs
+        self.count += event.endswith(("jaxpr_trace_duration", "backend_compile_duration"))
+
+
+compiles = Compiles()
