@@ -28,7 +28,9 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def describe(method: Method, key: jax.Array, initial: Any, repeats: int, problem: str, room: int | None) -> dict[str, str]:
+def describe(
+    method: Method, key: jax.Array, initial: Any, repeats: int, problem: str, room: int | None
+) -> dict[str, str]:
     """What makes a study this study: a digest of each part."""
     settings = jax.tree.map(lambda x: np.asarray(x).tolist(), method.settings)
     state = jax.eval_shape(bare(method.init), key, method.settings)

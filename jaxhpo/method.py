@@ -111,7 +111,9 @@ class Method(NamedTuple):
     """(state, capacity) -> state with room for that many told trials"""
 
 
-def black_box(space: Space, unit: jax.Array, first: jax.Array, active: jax.Array | None = None, aux: PyTree = ()) -> Trials:
+def black_box(
+    space: Space, unit: jax.Array, first: jax.Array, active: jax.Array | None = None, aux: PyTree = ()
+) -> Trials:
     """Fresh trials that carry no steps and keep no training state.
 
     Args:
