@@ -15,6 +15,7 @@ from jaxhpo.minimize import minimize
 from jaxhpo.modules import MLP
 from jaxhpo.parameters import Categorical, Float, Int, OneOf
 from jaxhpo.result import Result, optional
+from jaxhpo.space import Space
 
 PyTree = Any
 
@@ -96,7 +97,7 @@ def demo(seed: int = 0, path: str | Path = "report.html", progress: bool | None 
     console, begun = Console(), time.perf_counter()
     data = digits(seed)
     console.print(
-        f"Hyperband tunes MLPs on {len(data.train[0])} digits: {len(SPACE)} hyperparameters, some conditional."
+        f"Hyperband tunes MLPs on {len(data.train[0])} digits: {Space(SPACE).dims} hyperparameters, some conditional."
     )
     result = tune(data, jax.random.key(seed), progress)
     correct = accuracy(result, data.test)

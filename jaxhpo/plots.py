@@ -5,49 +5,18 @@ rank of a loss, and an axis of losses leaves room for outliers at its edge only.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxhpo import scales
 from jaxhpo.parameters import Int
 from jaxhpo.result import Column, Records, Result, columns, optional, show, take
+from jaxhpo.scales import BAD, FAILED, FAINT, GOOD, INK, PAPER, STYLE, WINNER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-INK, FAINT, PAPER = "#2b303b", "#c8cdd5", "#fefefe"  # no other artist has these colours: a report replaces them
-GOOD, BAD = "#2375d6", "#9aa3af"
-WINNER, FAILED = "#e8730c", "#dc3550"
-
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.labelsize": 10,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.facecolor": "none",
-    "figure.facecolor": PAPER,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "text.parse_math": False,
-}
 
 MAX_LINES, MAX_POINTS = 500, 5000
 
@@ -73,7 +42,7 @@ def best_so_far(result: Result, ax: "Axes | None" = None) -> "Figure":
     with _style():
         axis = _axes(ax, 7.0, 4.0)
         records = result.trials
-        scale = _LossScale.of(_successes(records))
+        scale = scales.LossScale.of(_successes(records))
         evaluations, best = result.best_so_far()
         loss, failed = records.loss.astype(float), records.failed
         outlier = ~failed & (loss > scale.high)
@@ -117,20 +86,20 @@ def learning_curves(result: Result, ax: "Axes | None" = None) -> "Figure":
 
         axis = _axes(ax, 7.0, 4.0)
         records = result.trials
-        scale = _LossScale.of(_successes(records))
+        scale = scales.LossScale.of(_successes(records))
         curves, single = _curves(records)
         if not curves:
             raise ValueError("no trial has two finite losses; learning curves need a method that trains in stretches")
         best = int(records.id[records.best(1)[0]])
         last = np.array([records.loss[rows[-1]] for rows in curves])
-        paint, depth = _ranks(last), np.argsort(-last, kind="stable")
+        paint, depth = scales.ranks(last), np.argsort(-last, kind="stable")
         segments = [
             np.stack([records.steps[rows], np.minimum(records.loss[rows], scale.high)], axis=1) for rows in curves
         ]
         axis.add_collection(
             LineCollection(
                 [segments[i] for i in depth],
-                colors=[_colour(paint[i]) for i in depth],
+                colors=[scales.colour(paint[i]) for i in depth],
                 linewidths=float(np.clip(20 / np.sqrt(len(curves)), 0.6, 1.5)),
                 rasterized=len(curves) > 1000,
             )
@@ -149,7 +118,7 @@ def learning_curves(result: Result, ax: "Axes | None" = None) -> "Figure":
         steps = np.unique(records.steps[records.steps > 0])
         if len(steps) and steps[-1] >= 27 * steps[0]:
             axis.set_xscale("log")
-            _plain(axis.xaxis)
+            scales.plain(axis.xaxis)
             if _apart(steps):
                 axis.set_xticks(steps, [str(s) for s in steps])
                 axis.minorticks_off()
@@ -182,7 +151,7 @@ def parallel_coordinates(
         records = result.trials
         _successes(records)
         best = records.best()
-        scale = _LossScale.of(records.loss[best])
+        scale = scales.LossScale.of(records.loss[best])
         chosen = _chosen(result, parameters, limit)
         axis = _axes(ax, max(5.0, 1.25 * (len(chosen) + 1)), 4.2)
         if len(best) > MAX_LINES:
@@ -191,25 +160,25 @@ def parallel_coordinates(
         dead = records.dead()[:100]
         rows = np.concatenate([best, dead])
         found = [c for c in columns(result.space, take(records.hparams, rows)) if c.name in chosen]
-        heights = np.stack([*(_height(c) for c in found), scale.height(records.loss[rows])], axis=1)
+        heights = np.stack([*(scales.height(c) for c in found), scale.height(records.loss[rows])], axis=1)
         heights[len(best) :, -1] = 1.1
         x = np.arange(len(found) + 1)
         lines = np.stack([np.broadcast_to(x, heights.shape), heights], axis=2)
-        rank = _ranks(records.loss[best])
+        rank = scales.ranks(records.loss[best])
         crowd = float(np.clip(12 / np.sqrt(len(rows)), 0.25, 1))
         fade = {"linewidths": 0.5 + crowd}
         axis.add_collection(LineCollection(list(lines[len(best) :]), colors=FAILED, alpha=0.5 * crowd, **fade))
-        colours = [_colour(r, crowd) for r in rank]
+        colours = [scales.colour(r, crowd) for r in rank]
         axis.add_collection(LineCollection(list(lines[: len(best)][::-1]), colors=colours[::-1], **fade))
         axis.plot(x, heights[0], color=WINNER, linewidth=2.5, zorder=4, solid_joinstyle="round")
         for i, column in enumerate(found):
-            _vertical(axis, i, column.name.replace(".", ".\n"), _ticks(column), not column.live.all())
+            _vertical(axis, i, column.name.replace(".", ".\n"), scales.ticks(column), not column.live.all())
         _vertical(axis, len(found), "loss", scale.ticks())
         if len(dead):
             beside = {"textcoords": "offset points", "color": FAILED, "fontsize": 8, "va": "center"}
             axis.annotate("failed", (len(found), 1.1), (5, 0), annotation_clip=False, **beside)
         axis.set_xlim(-0.3, len(found) + 0.5)
-        axis.set_ylim(_BELOW - 0.1, 1.15)
+        axis.set_ylim(scales.BELOW - 0.1, 1.15)
         axis.set_axis_off()
         return axis.get_figure()
 
@@ -240,7 +209,7 @@ def slices(
         records = result.trials
         _successes(records)
         best, dead = records.best(), records.dead()
-        scale = _LossScale.of(records.loss[best])
+        scale = scales.LossScale.of(records.loss[best])
         chosen = _chosen(result, parameters, limit)
         across = min(len(chosen), *sorted((3, 4, 5), key=lambda a: (-len(chosen) % a, abs(a - 4)))[:1])
         down = -(-len(chosen) // across)
@@ -294,7 +263,7 @@ def slices(
                 bar.set_ticks(stops, labels=[str(s) for s in stops])
                 bar.minorticks_off()
             else:
-                _plain(bar.ax.yaxis)
+                scales.plain(bar.ax.yaxis)
         return figure
 
 
@@ -314,45 +283,6 @@ def sensible(result: Result) -> list[str]:
     return [kind for kind in KINDS if kind != "learning_curves" or _curves(records)[0]]
 
 
-class _LossScale(NamedTuple):
-    """How an axis of losses is laid out."""
-
-    low: float
-    high: float  # outliers are drawn here
-    log: bool
-
-    @classmethod
-    def of(cls, losses: np.ndarray) -> "_LossScale":
-        low, most, top = (float(q) for q in np.quantile(losses.astype(float), [0, 0.8, 1]))
-        log = low > 0 and most > 30 * low
-        reach = most * (most / low) if log else most + (most - low)
-        return cls(low, min(top, reach) if most > low else top, log)
-
-    def height(self, losses: np.ndarray) -> np.ndarray:
-        """Losses on an axis from 0 to 1."""
-        f = np.log if self.log else np.asarray
-        with np.errstate(invalid="ignore"):
-            clipped = np.clip(losses.astype(float), self.low, self.high)
-        return (f(clipped) - f(self.low)) / max(f(self.high) - f(self.low), 1e-30)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        marks = [
-            (float(self.height(np.array([v]))[0]), _number(v)) for v in _round_numbers(self.low, self.high, self.log)
-        ]
-        return marks or [(0.0, _number(self.low))]
-
-    def apply(self, axis: Any, label: bool = True) -> None:
-        f, inverse = (np.log, np.exp) if self.log else (np.asarray, np.asarray)
-        pad = (f(self.high) - f(self.low)) or abs(self.low) or 1.0
-        if self.log:
-            axis.set_yscale("log")
-            _plain(axis.yaxis)
-        axis.set_ylim(inverse(f(self.low) - 0.12 * pad), inverse(f(self.high) + 0.12 * pad))
-        axis.grid(False, axis="x")
-        if label:
-            axis.set_ylabel("loss")
-
-
 def _style() -> Any:
     return optional("matplotlib", "a plot").rc_context(STYLE)
 
@@ -370,12 +300,6 @@ def _dressed(axis: Any) -> Any:
     colours = {"color": INK, "labelcolor": INK, "grid_color": FAINT, "grid_linewidth": STYLE["grid.linewidth"]}
     axis.tick_params(which="both", labelsize=STYLE["xtick.labelsize"], **colours)
     return axis
-
-
-def _plain(axis: Any) -> None:
-    """Numbers on a log axis as they are written elsewhere, without mathematics: a name may have a dollar sign in it."""
-    axis.set_major_formatter(lambda value, _: _number(value))
-    axis.set_minor_formatter(lambda value, _: "")
 
 
 def _successes(records: Records) -> np.ndarray:
@@ -410,20 +334,6 @@ def _mark_failed(axis: Any, x: np.ndarray, legend: bool = True) -> None:
             axis.legend(loc="upper right", bbox_to_anchor=(1, 1.1), handletextpad=0.1, borderaxespad=0)
 
 
-def _ranks(losses: np.ndarray) -> np.ndarray:
-    """0 for the best to 1 for the worst."""
-    order = np.argsort(np.argsort(losses, kind="stable"), kind="stable")
-    return order / max(len(losses) - 1, 1)
-
-
-def _colour(rank: float, crowd: float = 1.0) -> tuple[float, ...]:
-    from matplotlib.colors import to_rgb
-
-    blend = float(np.sqrt(rank))
-    rgb = (1 - blend) * np.array(to_rgb(GOOD)) + blend * np.array(to_rgb(BAD))
-    return (*rgb.tolist(), crowd * (0.9 - 0.6 * blend))
-
-
 def _curves(records: Records) -> tuple[list[np.ndarray], np.ndarray]:
     """Rows, in the order told, of each trial that has several finite losses; and the rows of those that have one."""
     order = np.argsort(records.id, kind="stable")
@@ -444,86 +354,8 @@ def _chosen(result: Result, parameters: list[str] | None, limit: int) -> set[str
         return set(names)
     best = result.trials.best()
     found = columns(result.space, take(result.trials.hparams, best))
-    strength = np.array([_influence(c, _ranks(result.trials.loss[best])) for c in found])
+    strength = np.array([scales.influence(c, scales.ranks(result.trials.loss[best])) for c in found])
     return {names[i] for i in np.argsort(-strength, kind="stable")[:limit]}
-
-
-def _influence(column: Column, rank: np.ndarray, bins: int = 8) -> float:
-    """The correlation ratio: the share of the variance of `rank` that lies between the bins of a dim."""
-    values, rank = column.values[column.live], rank[column.live]
-    if len(values) < 2:
-        return 0.0
-    cuts = np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1])
-    group = values if column.options is not None else np.searchsorted(cuts, values)
-    _, group = np.unique(group, return_inverse=True)
-    count = np.bincount(group)
-    mean = np.bincount(group, rank) / count
-    between = np.sum(count * (mean - rank.mean()) ** 2)
-    return float(between / len(column.live)) if len(count) > 1 else 0.0
-
-
-_BELOW = -0.13
-
-
-def _is_log(column: Column) -> bool:
-    return bool(getattr(column.parameter, "log", False))
-
-
-def _height(column: Column) -> np.ndarray:
-    """Where on an axis from 0 to 1, or below it where not live."""
-    return np.where(column.live, np.clip(_place(column, column.values + _spread(column)), 0, 1), _BELOW)
-
-
-def _bounds(column: Column) -> tuple[float, float]:
-    return float(column.parameter.low), float(column.parameter.high)  # type: ignore[attr-defined]
-
-
-def _spread(column: Column) -> np.ndarray:
-    """Small shifts that part the trials at one level, in levels; none where levels are many."""
-    if column.options is None and not (isinstance(column.parameter, Int) and column.parameter.levels <= 20):
-        return np.zeros(len(column.values))
-    if _is_log(column):
-        return np.zeros(len(column.values))
-    step = getattr(column.parameter, "step", 1)
-    return step * 0.36 * ((np.arange(len(column.values)) * 0.618034) % 1 - 0.5)
-
-
-def _place(column: Column, values: np.ndarray) -> np.ndarray:
-    if column.options is not None:
-        return (values + 0.5) / len(column.options)
-    f = np.log if _is_log(column) else np.asarray
-    low, high = _bounds(column)
-    return (f(values) - f(low)) / (f(high) - f(low))
-
-
-def _ticks(column: Column) -> list[tuple[float, str]]:
-    if column.options is not None:
-        count = len(column.options)
-        some = np.unique(np.linspace(0, count - 1, min(count, 10), dtype=int))
-        return [((i + 0.5) / count, _short(show(column.options[i]))) for i in some.tolist()]
-    marks = _round_numbers(*_bounds(column), _is_log(column), integer=isinstance(column.parameter, Int))
-    return [(float(_place(column, np.array(v))), _number(v)) for v in marks]
-
-
-def _round_numbers(low: float, high: float, log: bool, integer: bool = False) -> list[float]:
-    from matplotlib.ticker import LogLocator, MaxNLocator
-
-    if log:
-        decades = np.log10(high) - np.log10(low)
-        subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(np.arange(1.0, 10.0, 0.5))
-        marks = LogLocator(subs=subs, numticks=7).tick_values(low, high)
-    else:
-        marks = MaxNLocator(5, integer=integer, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    slack = 1e-9 * (high - low)
-    return [float(v) for v in marks if low - slack <= v <= high + slack]
-
-
-def _number(value: float) -> str:
-    return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
-
-
-def _short(text: str, width: int = 14) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _vertical(axis: Any, x: float, name: str, ticks: list[tuple[float, str]], conditional: bool = False) -> None:
@@ -538,8 +370,10 @@ def _vertical(axis: Any, x: float, name: str, ticks: list[tuple[float, str]], co
     for height, label in ticks:
         axis.annotate(label, (x, height), (-7, 0), zorder=6, path_effects=halo, **beside)
     if conditional:
-        axis.plot([x, x], [_BELOW, 0], color=INK, linewidth=0.9, linestyle=":", zorder=5)
-        axis.text(x, _BELOW - 0.02, "not live", fontsize=8, ha="center", va="top", style="italic", path_effects=halo)
+        axis.plot([x, x], [scales.BELOW, 0], color=INK, linewidth=0.9, linestyle=":", zorder=5)
+        axis.text(
+            x, scales.BELOW - 0.02, "not live", fontsize=8, ha="center", va="top", style="italic", path_effects=halo
+        )
     axis.annotate(name, (x, 1), (x, 1.16), ha="center", va="bottom", fontweight="bold", annotation_clip=False)
 
 
@@ -548,18 +382,18 @@ def _abscissa(panel: Any, column: Column) -> np.ndarray:
     if column.options is not None:
         count = len(column.options)
         some = np.unique(np.linspace(0, count - 1, min(count, 6), dtype=int))
-        labels = [_short(show(column.options[i]), 10) for i in some.tolist()]
+        labels = [scales.short(show(column.options[i]), 10) for i in some.tolist()]
         crowded = sum(len(label) for label in labels) > 22
         panel.set_xticks(some, labels, rotation=30 if crowded else 0, ha="right" if crowded else "center")
         panel.set_xlim(-0.5, count - 0.5)
     else:
-        low, high = _bounds(column)
-        marks = _round_numbers(low, high, _is_log(column), integer=isinstance(column.parameter, Int))
-        if _is_log(column):
+        low, high = scales.bounds(column)
+        marks = scales.round_numbers(low, high, scales.is_log(column), integer=isinstance(column.parameter, Int))
+        if scales.is_log(column):
             panel.set_xscale("log")
             panel.minorticks_off()
-        panel.set_xticks(marks, [_number(v) for v in marks])
-        f, inverse = (np.log, np.exp) if _is_log(column) else (np.asarray, np.asarray)
-        margin = max(0.05 * (f(high) - f(low)), np.abs(_spread(column)).max(initial=0) * 1.5)
+        panel.set_xticks(marks, [scales.number(v) for v in marks])
+        f, inverse = (np.log, np.exp) if scales.is_log(column) else (np.asarray, np.asarray)
+        margin = max(0.05 * (f(high) - f(low)), np.abs(scales.spread(column)).max(initial=0) * 1.5)
         panel.set_xlim(inverse(f(low) - margin), inverse(f(high) + margin))
-    return column.values + _spread(column)
+    return column.values + scales.spread(column)

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxhpo import plots
+from jaxhpo import plots, scales
 from jaxhpo.result import Result, columns, optional, show, take
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _picture(kind: str, figure: "Figure") -> str:
     # Several figures share the page: an id, or a reference to one, is told apart by its figure.
     svg = re.sub(r'\bid="', f'id="{kind}-', svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{kind}-", svg)
-    for colour, name in ((plots.INK, "ink"), (plots.FAINT, "line"), (plots.PAPER, "paper")):
+    for colour, name in ((scales.INK, "ink"), (scales.FAINT, "line"), (scales.PAPER, "paper")):
         svg = svg.replace(colour, f"var(--{name})")
     title, caption = CAPTIONS[kind]
     natural = f"{figure.get_figwidth() * 96:.0f}px"

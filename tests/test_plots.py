@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import jaxhpo as hpo
-from jaxhpo import plots
+from jaxhpo import plots, scales
 from jaxhpo.result import Records, Result
 
 SPACE = {
@@ -101,7 +101,7 @@ def test_learning_curves_has_a_line_for_each_trial_with_several_rows():
     (lines,) = [c for c in axis.collections if isinstance(c, LineCollection)]
     segments = [segment.tolist() for segment in lines.get_segments()]
     assert segments == [[[3, 5], [9, 4.5]], [[3, 4], [9, 3], [27, 2]]]
-    winner = [line for line in axis.lines if to_hex(line.get_color()) == plots.WINNER and len(line.get_xdata()) == 3]
+    winner = [line for line in axis.lines if to_hex(line.get_color()) == scales.WINNER and len(line.get_xdata()) == 3]
     assert [line.get_ydata().tolist() for line in winner] == [[4.0, 3.0, 2.0]]
     assert markers(axis, "*").tolist() == [[27, 2]]
     assert markers(axis, "o").tolist() == [[3, 6], [3, 7]]
@@ -117,7 +117,7 @@ def test_parallel_coordinates_puts_values_where_their_ticks_are():
     tree = {"a": hpo.Float(1e-4, 1.0, log=True), "b": hpo.Float(-1.0, 3.0), "c": hpo.Int(1, 1000)}
     result = study([1.0, 2.0, 3.0], tree)
     (axis,) = draw(plots.parallel_coordinates(result)).axes
-    (line,) = [line for line in axis.lines if to_hex(line.get_color()) == plots.WINNER]
+    (line,) = [line for line in axis.lines if to_hex(line.get_color()) == scales.WINNER]
     native = result.space.native(result.trials.hparams, 0)
     wanted = [np.log10(native["a"]) / 4 + 1, (native["b"] + 1) / 4, (native["c"] - 1) / 999, 0.0]
     np.testing.assert_allclose(line.get_ydata(), wanted, atol=1e-6)
@@ -147,7 +147,7 @@ def test_parallel_coordinates_colours_by_rank():
     assert (np.diff(order) <= 0).all()
     blue = lines.get_colors()[:, 2]
     assert (np.diff(blue - lines.get_colors()[:, 0]) > 0).all()
-    assert to_hex(lines.get_colors()[-1]) == plots.GOOD and to_hex(lines.get_colors()[0]) == plots.BAD
+    assert to_hex(lines.get_colors()[-1]) == scales.GOOD and to_hex(lines.get_colors()[0]) == scales.BAD
 
 
 def test_of_many_trials_the_best_are_all_shown():
