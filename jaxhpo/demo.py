@@ -57,9 +57,10 @@ def model(h: PyTree) -> MLP:
 
 def optimizer(h: PyTree) -> optax.GradientTransformation:
     """The optimizer of one trial."""
-    sgd, adam = h["optimizer"]["sgd"], h["optimizer"]["adam"]
-    choices = {"sgd": optax.sgd(sgd["lr"], sgd["momentum"]), "adam": optax.adam(adam["lr"], adam["b1"])}
-    return select_optimizer(h["optimizer"]["choice"], choices)
+    return select_optimizer(
+        h["optimizer"],
+        {"sgd": lambda h: optax.sgd(h["lr"], h["momentum"]), "adam": lambda h: optax.adam(h["lr"], h["b1"])},
+    )
 
 
 def tune(data: Digits, key: jax.Array, progress: bool | None = None) -> Result:

@@ -51,7 +51,7 @@ class LossScale(NamedTuple):
     @classmethod
     def of(cls, losses: np.ndarray) -> "LossScale":
         low, most, top = (float(q) for q in np.quantile(losses.astype(float), [0, 0.8, 1]))
-        log = low > 0 and most > 30 * low
+        log = low > 0 and most > 10 * low
         reach = most * (most / low) if log else most + (most - low)
         return cls(low, min(top, reach) if most > low else top, log)
 
