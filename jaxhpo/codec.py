@@ -3,8 +3,13 @@
 A real parameter is uniform, or log-uniform: z = centre * exp(w * (u - 1/2)) with w = log(high / low), which keeps small
 relative errors at both ends. Levels have equal shares, floor(u * levels), and those of a log integer the shares of
 the reals that round to them: floor(base * expm1(w * u)) counts up from low = base + 1/2.
+
+A point decodes to the same bits in every program. Compilers fuse a product and a sum into one rounding where they meet:
+so no sum here has two products to choose from, the last operation is a clip, which meets no sum of the user's, and what
+is not within a program is compiled as one.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -58,6 +63,9 @@ def _log_ratio(low: float, high: float) -> float:
     return math.log1p((high - low) / low) if high < 2 * low else math.log(high) - math.log(low)
 
 
+_rounded = jax.lax.optimization_barrier
+
+
 @jax.custom_jvp
 def _confine(x: jax.Array, low: Any, high: Any) -> jax.Array:
     """Clips away rounding errors, for which a gradient must not vanish: else a descent could not leave a bound."""
@@ -72,10 +80,10 @@ def _confine_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]
 class _Reals(NamedTuple):
     """Constants of dims that are real."""
 
-    low: np.ndarray  # ends of the interval, divided by `scale`, in the logarithm where `log`
-    high: np.ndarray
+    low: np.ndarray  # lower end of the interval, divided by `scale`, in the logarithm where `log`
+    width: np.ndarray  # of that interval, rounded up
     log: np.ndarray
-    scale: np.ndarray  # a power of 2 that keeps both ends and their distance normal; where `log`, the centre
+    scale: np.ndarray  # a power of 2 that keeps the ends and their distance normal and below 4; where `log`, the centre
     floor: np.ndarray  # smallest and largest value to be decoded
     ceiling: np.ndarray
 
@@ -92,12 +100,16 @@ def _real_row(leaf: Leaf, dtype: np.dtype) -> tuple:
             f"high={p.high!r}; widen them, enable float64, or use a constant"
         )
     if p.log:
-        half = _log_ratio(floor, ceiling) / 2
-        return -half, half, True, math.sqrt(floor) * math.sqrt(ceiling), floor, ceiling
+        width = _log_ratio(floor, ceiling)
+        return -width / 2, width, True, math.sqrt(floor) * math.sqrt(ceiling), floor, ceiling
     limit = -int(np.finfo(dtype).minexp)
     exponent = math.frexp(max(abs(floor), abs(ceiling)))[1] - 1
     scale = 2.0 ** min(max(exponent, -limit), limit)
-    return floor / scale, ceiling / scale, False, scale, floor, ceiling
+    low, high = dtype.type(floor / scale), dtype.type(ceiling / scale)
+    width = high - low
+    if low + width < high:
+        width = np.nextafter(width, dtype.type(np.inf))
+    return low, width, False, scale, floor, ceiling
 
 
 class _Levels(NamedTuple):
@@ -127,8 +139,9 @@ class _Options(NamedTuple):
     """The options of several parameters, one after the other."""
 
     owner: np.ndarray  # which of the parameters
-    level: np.ndarray  # which of its options
+    level: np.ndarray  # i32, which of its options
     first: np.ndarray  # [parameters], where its options start
+    last: np.ndarray  # i32[parameters], its last level
     values: np.ndarray | None  # of numeric options
 
 
@@ -137,9 +150,8 @@ def _options(leaves: Sequence[Leaf], kind: str, dtype: np.dtype) -> _Options:
     first = np.cumsum(counts) - counts
     owner = np.repeat(np.arange(len(leaves)), counts)
     level = np.arange(counts.sum()) - first[owner]
-    if kind == "relaxed":
-        return _Options(owner, level, first, None)
-    return _Options(owner, level, first, np.concatenate([_values(leaf, dtype) for leaf in leaves]))
+    values = None if kind == "relaxed" else np.concatenate([_values(leaf, dtype) for leaf in leaves])
+    return _Options(owner, level.astype(np.int32), first, (counts - 1).astype(np.int32), values)
 
 
 def _values(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
@@ -163,6 +175,18 @@ def _values(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
     return np.array(values, dtype)
 
 
+def _best(options: _Options, x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """The level i32[..., parameters] of the option that is x or nearest to it, or the one of largest weight."""
+    score = x
+    if options.values is not None:
+        near = x[..., options.owner]
+        score = jnp.where(near == options.values, 1, -jnp.abs(near.astype(dtype) - options.values.astype(dtype)))
+    lead = x.shape[:-1]
+    best = jnp.full((*lead, len(options.last)), -jnp.inf, dtype).at[..., options.owner].max(score)
+    level = jnp.where(score == best[..., options.owner], options.level, options.last[options.owner])
+    return jnp.broadcast_to(options.last, best.shape).at[..., options.owner].min(level)
+
+
 class _Group(NamedTuple):
     """The leaves that decode alike."""
 
@@ -175,6 +199,9 @@ class _Group(NamedTuple):
 
 class Codec:
     """Between `unit` and the values of the leaves, for one working dtype.
+
+    `decode(unit)` is the value of every leaf, each [..., *value_shape], for float[..., dims]; `encode(values)` is its
+    inverse, the middle of a level; `level(unit)` is i32[..., dims], 0 where a dim is real.
 
     Args:
       leaves: the parameters, in the order of their dims.
@@ -202,6 +229,9 @@ class Codec:
         )
         kinds = [dtype, dtype, boolean, dtype, dtype, integer, integer]
         self._levels = _Levels(*per_dim([_level_row(leaf, dtype) for leaf in leaves], kinds))
+        self.decode, self.encode, self.level = (
+            jax.jit(function, inline=True) for function in (self._decode, self._encode, self._level)
+        )
         self._groups = [self._group(kind) for kind in self.dtypes if any(leaf.kind == kind for leaf in leaves)]
 
     def _group(self, kind: str) -> _Group:
@@ -214,35 +244,27 @@ class Codec:
             kind, members, columns, widths, _options(leaves, kind, self.dtypes[kind]) if has_options else None
         )
 
-    def level(self, unit: jax.Array, columns: Any = slice(None)) -> jax.Array:
-        """The levels of some dims, i32[..., columns], for their coordinates; 0 where a dim is real."""
+    def _level(self, unit: jax.Array, columns: Any = slice(None)) -> jax.Array:
         c = self._at(self._levels, columns)
-        index = jnp.floor(jnp.where(c.log, c.base * jnp.expm1(c.width * unit), c.number * unit))
+        index = jnp.floor(jnp.where(c.log, c.base * jnp.expm1(jnp.minimum(c.width * unit, c.width)), c.number * unit))
         return jnp.clip(index, 0, c.top).astype(jnp.int32)
 
-    def middle(self, level: jax.Array, columns: Any = slice(None)) -> jax.Array:
-        """The inverse of `level`: coordinates in the middle of a level's share."""
+    def _middle(self, level: jax.Array, columns: Any = slice(None)) -> jax.Array:
+        """The inverse of `_level`: coordinates in the middle of a level's share."""
         c = self._at(self._levels, columns)
         above = level.astype(self.dtype) + 0.5
         return jnp.where(c.log, jnp.log1p(above / c.base) / c.width, above / c.number)
 
-    def decode(self, unit: jax.Array) -> list[jax.Array]:
-        """float[..., dims] as the value of every leaf, each [..., *value_shape]."""
+    def _decode(self, unit: jax.Array) -> list[jax.Array]:
         values: dict[int, jax.Array] = {}
         for group in self._groups:
-            u = _take(unit, group.columns)
-            flat = (
-                self._real(u, group.columns)
-                if group.kind == "real"
-                else self._leveled(group, self.level(u, group.columns))
-            )
+            flat = self._decoded(group, _take(unit, group.columns))
             parts = jax.lax.split(flat, group.widths, axis=flat.ndim - 1)
             for i, part in zip(group.members, parts, strict=True):
                 values[i] = part.reshape(unit.shape[:-1] + self.leaves[i].parameter.value_shape)
         return [values[i] for i in range(len(self.leaves))]
 
-    def encode(self, values: Sequence[Any]) -> jax.Array:
-        """The inverse of `decode`: the middle of a level."""
+    def _encode(self, values: Sequence[Any]) -> jax.Array:
         shapes = [leaf.parameter.value_shape for leaf in self.leaves]
         values = [jnp.asarray(value, self.dtypes[leaf.kind]) for value, leaf in zip(values, self.leaves, strict=True)]
         lead = np.broadcast_shapes(*(v.shape[: v.ndim - len(shape)] for v, shape in zip(values, shapes, strict=True)))
@@ -252,15 +274,14 @@ class Codec:
                 jnp.broadcast_to(values[i], lead + shapes[i]).reshape(*lead, width)
                 for i, width in zip(group.members, group.widths, strict=True)
             ]
-            flat = jnp.concatenate(columns, axis=-1)
-            is_real = group.kind == "real"
-            parts.append(
-                self._real_unit(flat, group.columns)
-                if is_real
-                else self.middle(self._found(group, flat), group.columns)
-            )
+            parts.append(self._encoded(group, jnp.concatenate(columns, axis=-1)))
         order = np.argsort(np.concatenate([group.columns for group in self._groups]))
         return _confine(_take(jnp.concatenate(parts, axis=-1), order), 0, 1)
+
+    @functools.cached_property
+    def middles(self) -> list[np.ndarray]:
+        """The values of the leaves in the middle of the unit cube."""
+        return [np.asarray(value) for value in self.decode(np.full(len(self._levels.number), 0.5, self.dtype))]
 
     def cast(self, leaf: Leaf, value: Any) -> np.ndarray:
         """One value of a leaf, within its bounds, as `decode` would return it."""
@@ -268,42 +289,34 @@ class Codec:
             value = np.clip(value, *inward(leaf.parameter, self.dtype))
         return np.asarray(value).astype(self.dtypes[leaf.kind])
 
-    def _real(self, unit: jax.Array, columns: np.ndarray) -> jax.Array:
-        c = self._at(self._reals, columns)
-        mix = c.low * (1 - unit) + c.high * unit
-        z = jnp.where(c.log, jnp.exp(jnp.where(c.log, mix, 0)), mix) * c.scale
-        return _confine(z, c.floor, c.ceiling)
-
-    def _real_unit(self, x: jax.Array, columns: np.ndarray) -> jax.Array:
-        c = self._at(self._reals, columns)
-        mix = x / c.scale
-        ratio = jnp.where(c.log, jnp.maximum(mix, np.finfo(self.dtype).tiny), 1)
-        return (jnp.where(c.log, jnp.log(ratio), mix) - c.low) / (c.high - c.low)
-
-    def _leveled(self, group: _Group, level: jax.Array) -> jax.Array:
-        """What the levels of a group decode to, the entries of all members side by side."""
-        if group.options is None:
+    def _decoded(self, group: _Group, unit: jax.Array) -> jax.Array:
+        """What the leaves of a group decode to, side by side."""
+        if group.kind == "real":
+            r = self._at(self._reals, group.columns)
+            # Barriers between the roundings: what the compiler fuses, and so rounds once, depends on what is around it.
+            mix = _rounded(_rounded(r.width * unit) + r.low)
+            z = _rounded(_rounded(jnp.where(r.log, jnp.exp(mix), mix)) * r.scale)
+            return _confine(z, r.floor, r.ceiling)
+        level, options = self._level(unit, group.columns), group.options
+        if options is None:
             c = self._at(self._levels, group.columns)
             return c.first + c.step * level
-        if group.options.values is None:
-            return (_take(level, group.options.owner) == group.options.level).astype(self.dtype)
-        return jnp.asarray(group.options.values)[group.options.first + level]
+        if options.values is None:
+            return (level[..., options.owner] == options.level).astype(self.dtype)
+        return jnp.asarray(options.values)[options.first + level]
 
-    def _found(self, group: _Group, flat: jax.Array) -> jax.Array:
-        """The inverse of `_leveled`: the nearest option, or the one of largest weight."""
-        o = group.options
-        if o is None:
-            c = self._at(self._levels, group.columns)
-            above = jnp.maximum(flat, c.first).astype(np.uint32) - c.first.astype(np.uint32)
-            return (above // c.step.astype(np.uint32)).astype(np.int32)
-        score = flat
-        if o.values is not None:
-            x = flat[..., o.owner]
-            score = jnp.where(x == o.values, 1, -jnp.abs(x.astype(self.dtype) - o.values.astype(self.dtype)))
-        best = jnp.full((*flat.shape[:-1], len(group.members)), -jnp.inf, self.dtype).at[..., o.owner].max(score)
-        last = self._levels.number[group.columns].astype(np.int32) - 1
-        first_best = jnp.where(score == best[..., o.owner], o.level.astype(np.int32), last[o.owner])
-        return jnp.broadcast_to(last, best.shape).at[..., o.owner].min(first_best)
+    def _encoded(self, group: _Group, x: jax.Array) -> jax.Array:
+        """The inverse of `_decoded`."""
+        if group.kind == "real":
+            r = self._at(self._reals, group.columns)
+            mix = x / r.scale
+            ratio = jnp.where(r.log, jnp.maximum(mix, np.finfo(self.dtype).tiny), 1)
+            return (jnp.where(r.log, jnp.log(ratio), mix) - r.low) / r.width
+        if group.options is not None:
+            return self._middle(_best(group.options, x, self.dtype), group.columns)
+        c = self._at(self._levels, group.columns)
+        above = jnp.maximum(x, c.first).astype(np.uint32) - c.first.astype(np.uint32)  # may not fit i32
+        return self._middle((above // c.step.astype(np.uint32)).astype(np.int32), group.columns)
 
     @staticmethod
     def _at(constants: Any, columns: Any) -> Any:

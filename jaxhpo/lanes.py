@@ -97,8 +97,10 @@ def make_lanes(
             )
         return jax.tree.map(lambda x: x.reshape(chunks, width, *x.shape[1:]), padded)
 
-    def join(told: Told) -> Told:
-        return jax.tree.map(lambda x: x.reshape(chunks * width, *x.shape[2:])[: method.batch], told)
+    def join(told: Told, active: jax.Array) -> Told:
+        told = jax.tree.map(lambda x: x.reshape(chunks * width, *x.shape[2:])[: method.batch], told)
+        # What a lane without a trial computed depends on the chunks, so nobody gets to see it.
+        return told._replace(losses=jnp.where(active, told.losses, jnp.nan), reached=jnp.where(active, told.reached, 0))
 
     part: Callable = _training if isinstance(problem, Trainable) else _evaluation
     init, chunk, restore = part(
@@ -109,9 +111,9 @@ def make_lanes(
         rows = cut(_Row(keys, trials.hparams, trials.steps, trials.source, trials.slot, trials.active))
         if chunks == 1:
             (bank, incumbent), told = chunk((bank, incumbent), jax.tree.map(lambda x: x[0], rows))
-            return bank, incumbent, join(jax.tree.map(lambda x: x[None], told))
+            return bank, incumbent, join(jax.tree.map(lambda x: x[None], told), trials.active)
         (bank, incumbent), told = jax.lax.scan(chunk, (bank, incumbent), rows)
-        return bank, incumbent, join(told)
+        return bank, incumbent, join(told, trials.active)
 
     return Lanes(init, run, restore)
 

@@ -5,46 +5,112 @@ of a parameter in the user's tree known, and an error without it helps nobody.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
-from collections.abc import Sequence
+import sys
+from collections.abc import Hashable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-MAX_LEVELS = 2**31 - 1
+
+def number(value: Any) -> Any:
+    """`value` as a Python number if it is a real one (NumPy scalars and arrays without axes too), else None."""
+    scalar = isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer)
+    if scalar and value.ndim == 0:
+        value = value.item()
+    return value if isinstance(value, numbers.Real) else None
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, (bool, np.bool_))
-
-
-def _is_integer(value: Any) -> bool:
-    return _is_real(value) and float(value).is_integer()
+def same(a: Any, b: Any) -> bool:
+    """Whether two options are one: equal numbers are, `True` and `1` are not."""
+    x, y = number(a), number(b)
+    if x is not None and y is not None:
+        return x == y and isinstance(x, bool) == isinstance(y, bool)
+    if hasattr(a, "shape") or hasattr(b, "shape"):
+        return getattr(a, "shape", None) == getattr(b, "shape", None) and bool(np.all(a == b))
+    try:
+        return a is b or bool(a == b)
+    except (ValueError, TypeError):
+        return False
 
 
 class Parameter:
     """A leaf of a search space. Use one of its subclasses."""
 
+    @property
+    def kind(self) -> str:
+        """What it decodes to: "real", "index", the values of numeric options ("float", "int", "bool") or "relaxed"."""
+        return "index"
+
+    @property
+    def dims(self) -> int:
+        """How many dims of the unit cube it takes."""
+        return 1
+
+    @property
+    def levels(self) -> int:
+        """How many values each of its dims has, 0 where it is real."""
+        return 0
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """Shape of what it decodes to at one point."""
+        return ()
+
+    @property
+    def signature(self) -> Hashable:
+        """All of it that compiled code can see."""
+        return type(self), self.kind, self.levels, self.value_shape
+
     def check(self) -> None:
         """Raises ValueError or TypeError when the description is no valid parameter."""
 
+    def native(self, value: np.ndarray) -> Any:
+        """What it decodes to at one point, as the Python value that the user means."""
+        raise NotImplementedError
 
-def _check_bounds(parameter: Any) -> None:
-    low, high = parameter.low, parameter.high
-    for name, value in (("low", low), ("high", high)):
-        if not _is_real(value):
-            raise TypeError(f"{name} must be a real number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value!r}")
-    if not low < high:
+    def parse(self, value: Any) -> Any:
+        """The inverse of `native`; raises ValueError for what is not a value of this parameter."""
+        raise NotImplementedError
+
+
+def _check_interval(low: Any, high: Any, log: Any) -> None:
+    for name, given in (("low", low), ("high", high)):
+        value = number(given)
+        if value is None or isinstance(value, bool):
+            raise TypeError(f"{name} must be a real number, got {given!r}; use Categorical for other values")
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            raise ValueError(f"{name} must be finite, got {given!r}; search the logarithm (log=True) of a wide range")
+    if not number(low) < number(high):
         raise ValueError(f"low must be below high, got low={low!r} and high={high!r}; swap them, or use a constant")
-    if parameter.log and low <= 0:
+    if not isinstance(log, bool | np.bool_):
+        raise TypeError(f"log must be True or False, got {log!r}; name further arguments, as in step=2")
+    if log and number(low) <= 0:
         raise ValueError(f"log=True needs low > 0, got low={low!r}; raise low or drop log=True")
 
 
+class _Interval(Parameter):
+    low: float
+    high: float
+    log: bool
+
+    @property
+    def kind(self) -> str:
+        return "real"
+
+    @property
+    def signature(self) -> Hashable:
+        return super().signature, number(self.low), number(self.high), bool(self.log)
+
+    def check(self) -> None:
+        _check_interval(self.low, self.high, self.log)
+
+
 @dataclasses.dataclass(frozen=True)
-class Float(Parameter):
+class Float(_Interval):
     """A real number in [low, high].
 
     Args:
@@ -62,8 +128,62 @@ class Float(Parameter):
     high: float
     log: bool = False
 
+    def native(self, value: np.ndarray) -> float:
+        return float(value)
+
+    def parse(self, value: Any) -> float:
+        x = number(value)
+        if x is None or isinstance(x, bool) or not number(self.low) <= x <= number(self.high):
+            raise ValueError(f"it must be a number in [{self.low}, {self.high}]")
+        return float(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Array(_Interval):
+    """An array of real numbers, each in [low, high]: that many dims at once, which compile as one.
+
+    Args:
+      shape: shape of the array; an int is a vector.
+      low: lower bound of every entry, inclusive.
+      high: upper bound of every entry, inclusive.
+      log: log-uniform entries; needs low > 0.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> space = hpo.Space({"weights": hpo.Array((2, 2), 0.0, 4.0)})
+      >>> space.native(space.decode(jax.numpy.array([0.0, 0.25, 0.5, 1.0])))["weights"].tolist()
+      [[0.0, 1.0], [2.0, 4.0]]
+    """
+
+    shape: int | tuple[int, ...]
+    low: float
+    high: float
+    log: bool = False
+
+    @property
+    def dims(self) -> int:
+        return math.prod(self.value_shape)
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape) if isinstance(self.shape, Sequence) else (self.shape,)
+
     def check(self) -> None:
-        _check_bounds(self)
+        super().check()
+        sizes: tuple[Any, ...] = self.value_shape
+        if not sizes or any(isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1 for n in sizes):
+            raise ValueError(f"shape must be positive integers, got {self.shape!r}; use Float for a single number")
+
+    def native(self, value: np.ndarray) -> np.ndarray:
+        return np.array(value)
+
+    def parse(self, value: Any) -> np.ndarray:
+        array = np.asarray(value)
+        numeric = array.dtype.kind in "iuf" and array.shape == self.value_shape
+        array = array.astype(float) if numeric else np.array(np.nan)
+        if not np.all((array >= number(self.low)) & (array <= number(self.high))):
+            raise ValueError(f"it must be {self.value_shape} numbers in [{self.low}, {self.high}]")
+        return array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +191,17 @@ class Int(Parameter):
     """An integer among low, low + step, ..., up to high.
 
     Args:
-      low: lower bound, inclusive.
-      high: upper bound, inclusive where low + k * step meets it.
-      log: log-uniform, each level owning what rounds to it; needs low >= 1 and step == 1. Otherwise levels have
-        equal shares.
+      low: lower bound, inclusive, within 32 bits.
+      high: upper bound, within 32 bits, inclusive where low + k * step meets it.
+      log: log-uniform: a level owns the reals that round to it, so 1 has a larger share than 2; needs low >= 1 and
+        step == 1. Otherwise levels have equal shares.
       step: distance of neighbouring levels, at least 1.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> space = hpo.Space(hpo.Int(16, 256, step=16))
+      >>> [space.native(space.decode(jax.numpy.array([u]))) for u in (0.0, 0.5, 1.0)]
+      [16, 144, 256]
     """
 
     low: int
@@ -87,43 +213,94 @@ class Int(Parameter):
     def levels(self) -> int:
         return (int(self.high) - int(self.low)) // int(self.step) + 1
 
+    @property
+    def signature(self) -> Hashable:
+        return super().signature, int(self.low), int(self.high), bool(self.log), int(self.step)
+
     def check(self) -> None:
-        _check_bounds(self)
-        for name, value in (("low", self.low), ("high", self.high), ("step", self.step)):
-            if not _is_integer(value):
-                raise TypeError(f"{name} must be an integer, got {value!r}; use Float for real numbers")
+        _check_interval(self.low, self.high, self.log)
+        for name, given in (("low", self.low), ("high", self.high), ("step", self.step)):
+            value = number(given)
+            if value is None or isinstance(value, bool) or value != value // 1:
+                raise TypeError(f"{name} must be an integer, got {given!r}; use Float for real numbers")
             if not -(2**31) <= value < 2**31:
-                raise ValueError(f"{name} must fit 32 bits, got {value!r}")
+                raise ValueError(f"{name} must fit 32 bits, got {given!r}; use Float, or Ordinal for a list of levels")
         if self.step < 1:
-            raise ValueError(f"step must be at least 1, got {self.step!r}")
+            raise ValueError(f"step must be at least 1, got {self.step!r}; levels count up from low")
         if self.log and self.step != 1:
             raise ValueError(f"log=True needs step=1, got step={self.step!r}; list the levels with Ordinal instead")
-        if self.levels > MAX_LEVELS:
-            raise ValueError(f"at most {MAX_LEVELS} levels, got {self.levels}; raise step")
+        if self.levels >= 2**31:
+            raise ValueError(f"at most {2**31 - 1} levels fit 32 bits, got {self.levels}; raise step")
+
+    def native(self, value: np.ndarray) -> int:
+        return int(value)
+
+    def parse(self, value: Any) -> int:
+        x = number(value)
+        if x is None or isinstance(x, bool) or not self.low <= x <= self.high or (x - int(self.low)) % int(self.step):
+            levels = f"{self.low} plus a multiple of {self.step} " if self.step != 1 else "an integer "
+            raise ValueError(f"it must be {levels}in [{self.low}, {self.high}]")
+        return int(x)
 
 
 class _Choice(Parameter):
-    options: tuple
+    options: Sequence[Any]
+
+    @functools.cached_property
+    def kind(self) -> str:
+        values = [number(option) for option in self.options]
+        if all(isinstance(value, bool) for value in values):
+            return "bool"
+        if any(value is None or isinstance(value, bool) for value in values):
+            return "index"
+        integers = all(isinstance(value, int) and -(2**31) <= value < 2**31 for value in values)
+        return "int" if integers else "float"
+
+    @property
+    def levels(self) -> int:
+        return len(self.options)
+
+    @property
+    def signature(self) -> Hashable:
+        visible = self.kind in ("float", "int", "bool")
+        return super().signature, tuple(number(option) for option in self.options) if visible else ()
 
     def check(self) -> None:
         if not isinstance(self.options, Sequence) or isinstance(self.options, str):
-            raise TypeError(f"options must be a sequence, got {self.options!r}")
+            raise TypeError(f"options must be a sequence, got {self.options!r}; write them as a tuple")
         if not self.options:
             raise ValueError(f"options must not be empty, got {self.options!r}; name at least one")
-        for i, option in enumerate(self.options):
+        hashed: set[Hashable] = set()
+        unhashable: list[Any] = []
+        for option in self.options:
+            value = number(option)
             if isinstance(option, Parameter):
                 raise TypeError(f"options must be values, got {option!r}; use OneOf for a choice between subtrees")
-            if any(_same(option, other) for other in self.options[:i]):
+            if value is not None and value != value:
+                raise ValueError(f"options must be equal to themselves, got {option!r}; use None for a missing value")
+            key = (isinstance(value, bool), option if value is None else value)
+            try:
+                is_twice = key in hashed
+                hashed.add(key)
+            except TypeError:
+                is_twice = any(same(option, other) for other in unhashable)
+                unhashable.append(option)
+            if is_twice:
                 raise ValueError(f"options must differ from each other, got {option!r} twice; drop one")
 
+    def native(self, value: np.ndarray) -> Any:
+        if self.kind == "relaxed":
+            return self.options[int(np.argmax(value))]
+        if self.kind == "index":
+            return self.options[int(value)]
+        x = value.item()
+        return min(self.options, key=lambda o: -1.0 if number(o) == x else abs(float(number(o)) - float(x)))
 
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    try:
-        return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
-    except (ValueError, TypeError):
-        return False
+    def parse(self, value: Any) -> Any:
+        for i, option in enumerate(self.options):
+            if same(option, value):
+                return {"index": i, "relaxed": np.arange(self.levels) == i}.get(self.kind, number(option))
+        raise ValueError(f"it must be one of {tuple(self.options)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +313,27 @@ class Categorical(_Choice):
     Args:
       options: the options, of any type, each different from the others.
       relaxed: decode to weights f32[len(options)] instead: one-hot from black-box methods, soft from gradient ones.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> space = hpo.Space({"act": hpo.Categorical(("relu", "gelu")), "dropout": hpo.Categorical((0.0, 0.5))})
+      >>> hparams = space.decode(jax.numpy.array([0.9, 0.9]))
+      >>> int(hparams["act"]), float(hparams["dropout"])
+      (1, 0.5)
+      >>> space.native(hparams)
+      {'act': 'gelu', 'dropout': 0.5}
     """
 
-    options: tuple
+    options: Sequence[Any]
     relaxed: bool = False
+
+    @functools.cached_property
+    def kind(self) -> str:
+        return "relaxed" if self.relaxed else super().kind
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        return (self.levels,) if self.relaxed else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,35 +342,15 @@ class Ordinal(_Choice):
 
     Args:
       options: the options from one end to the other; decoded like those of `Categorical`.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> space = hpo.Space(hpo.Ordinal((16, 64, 256)))
+      >>> int(space.decode(jax.numpy.array([0.5])))
+      64
     """
 
-    options: tuple
-
-
-@dataclasses.dataclass(frozen=True)
-class Array(Parameter):
-    """An array of real numbers, each in [low, high]: that many dims at once.
-
-    Args:
-      shape: shape of the array; an int is a vector.
-      low: lower bound of every entry, inclusive.
-      high: upper bound of every entry, inclusive.
-      log: log-uniform entries; needs low > 0.
-    """
-
-    shape: int | tuple[int, ...]
-    low: float
-    high: float
-    log: bool = False
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return (self.shape,) if isinstance(self.shape, int) else tuple(self.shape)
-
-    def check(self) -> None:
-        _check_bounds(self)
-        if not self.sizes or any(not _is_integer(n) or n < 1 for n in self.sizes):
-            raise ValueError(f"shape must be positive integers, got {self.shape!r}")
+    options: Sequence[Any]
 
 
 class OneOf(Parameter):
@@ -201,8 +375,25 @@ class OneOf(Parameter):
     def __repr__(self) -> str:
         return f"OneOf({', '.join(f'{k}={v!r}' for k, v in self.branches.items())})"
 
+    @property
+    def levels(self) -> int:
+        return len(self.branches)
+
+    @property
+    def signature(self) -> Hashable:
+        return super().signature, tuple(self.branches)
+
     def check(self) -> None:
         if not self.branches:
-            raise ValueError("OneOf needs at least one branch, got none")
+            raise ValueError("OneOf needs at least one branch, got none; name one, as in OneOf(sgd={})")
         if "choice" in self.branches:
             raise ValueError("no branch of a OneOf may be called 'choice', that is where its index goes; rename it")
+
+    def native(self, value: np.ndarray) -> str:
+        return list(self.branches)[int(value)]
+
+    def parse(self, value: Any) -> int:
+        names = list(self.branches)
+        if value not in names:
+            raise ValueError(f"'choice' must be one of {names}")
+        return names.index(value)
