@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxhpo.budget import Budget, Limits, Meter, Tally, begin, capacity, limits, proceed
+from jaxhpo.lanes import Bank, Incumbent, over_devices
 from jaxhpo.method import Method, bare
 from jaxhpo.study import Carry, Engine, Initial, Trace, make_engine
 from jaxhpo.trainable import Trainable
@@ -69,6 +70,7 @@ class _Identity:
 
     def __init__(self, problem: Any, method: Method, lanes: int | None, mesh: Mesh | None, initial: Initial | None):
         self.parts = (problem, method, lanes, mesh, initial)
+        self.mesh = mesh
         content: Any
         try:
             content = pickle.dumps((method.space.tree, jax.tree.map(np.asarray, initial)))
@@ -76,6 +78,13 @@ class _Identity:
             content = id(method.space), id(initial)
         functions = bare(method.init), method.ask, method.tell, method.reserve
         self.key = (problem, functions, method.batch, method.slots, method.uses_gradients, lanes, mesh, content)
+
+    def placement(self) -> Carry | None:
+        """Where the parts of a carry are: the bank over the devices of the mesh, the rest on each."""
+        if self.mesh is None:
+            return None
+        rows, everywhere = over_devices(self.mesh), over_devices(self.mesh, rows=False)
+        return Carry(everywhere, Bank(rows, everywhere), Incumbent(everywhere, everywhere))
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -92,7 +101,7 @@ def _engine(identity: _Identity) -> Engine:
 @functools.lru_cache(maxsize=64)
 def _start(identity: _Identity, room: int | None) -> Callable:
     engine = _engine(identity)
-    return jax.jit(lambda key, settings: engine.start(key, settings, room))
+    return jax.jit(lambda key, settings: engine.start(key, settings, room), out_shardings=identity.placement())
 
 
 @functools.lru_cache(maxsize=64)
@@ -102,7 +111,12 @@ def _program(identity: _Identity, most: int, shape: tuple, treedef: Any) -> Prog
     key = jax.eval_shape(lambda: jax.random.key(0))
     example = key, np.int32(0), begin(Tally()), limits(Budget(), Tally(), 1)
     chunk, data = hoist(_chunk(_engine(identity), most), carry, *example)
-    compiled = jax.jit(chunk, donate_argnums=1).lower(data, carry, *example).compile()
+    options: dict[str, Any] = {"donate_argnums": 1}
+    if identity.mesh is not None:
+        everywhere = over_devices(identity.mesh, rows=False)
+        inputs = everywhere, identity.placement(), *[everywhere] * len(example)
+        options |= {"in_shardings": inputs, "out_shardings": (identity.placement(), everywhere, everywhere)}
+    compiled = jax.jit(chunk, **options).lower(data, carry, *example).compile()
     return Program(functools.partial(compiled, data), time.perf_counter() - begun)
 
 
@@ -139,7 +153,7 @@ class Device:
 
     def advance(self, tally: Tally, seconds_left: float) -> tuple[Trace, Tally]:
         """Runs some rounds: the trace of them, arrays of NumPy with leading axis rounds, and the tally after them."""
-        if self.open and (tally.rounds + self.most) * self.method.batch > self.room:
+        while self.open and (tally.rounds + self.most) * self.method.batch > self.room:
             self.room *= 2
             self.carry = self.carry._replace(state=self.method.reserve(self.carry.state, self.room))
         program = self._compiled()
@@ -157,12 +171,18 @@ class Device:
 
     def save(self) -> list[np.ndarray]:
         """What the study has to remember, as a list of arrays."""
-        return [np.asarray(x) for x in jax.tree.leaves(jax.device_get(self.carry))]
+        carry = jax.device_get(self.carry)
+        # Slots beyond the method's own only fill up the devices, of which there may be others next time.
+        bank = jax.tree.map(lambda x: x[: self.method.slots], carry.bank)
+        return [np.asarray(x) for x in jax.tree.leaves(carry._replace(bank=bank))]
 
     def load(self, leaves: list[np.ndarray]) -> None:
         """Goes on from what `save` gave."""
-        treedef = jax.tree.structure(self.carry)
-        self.carry = jax.tree.unflatten(treedef, [jnp.asarray(x) for x in leaves])
+        carry: Carry = jax.tree.unflatten(jax.tree.structure(self.carry), leaves)
+        spare = len(self.carry.bank.reached) - len(carry.bank.reached)
+        bank = jax.tree.map(lambda x: np.pad(x, ((0, spare), *((0, 0),) * (x.ndim - 1))), carry.bank)
+        carry = carry._replace(bank=bank)
+        self.carry = jax.jit(lambda c: c, out_shardings=self.identity.placement())(carry)
 
     def best_state(self) -> PyTree:
         """The training state with the lowest loss."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxhpo.method import Method, Trials, ranked
 from jaxhpo.space import Space, working_dtype
@@ -65,6 +65,12 @@ class _Row(NamedTuple):
     active: jax.Array
 
 
+def over_devices(mesh: Mesh, rows: bool = True) -> NamedSharding:
+    """Leading axis over all devices of a mesh, or with `rows=False` a copy on each."""
+    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return NamedSharding(automatic, PartitionSpec(mesh.axis_names) if rows else PartitionSpec())
+
+
 def make_lanes(
     problem: Callable | Trainable, method: Method, lanes: int | None = None, mesh: Mesh | None = None
 ) -> Lanes:
@@ -84,7 +90,7 @@ def make_lanes(
     def spread(tree: PyTree) -> PyTree:
         if mesh is None:
             return tree
-        return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+        return jax.lax.with_sharding_constraint(tree, over_devices(mesh))
 
     def cut(rows: _Row) -> _Row:
         spare = chunks * width - method.batch
@@ -104,7 +110,7 @@ def make_lanes(
 
     part: Callable = _training if isinstance(problem, Trainable) else _evaluation
     init, chunk, restore = part(
-        problem, method, width, spread, -(-method.slots // width) * width if mesh else method.slots
+        problem, method, width, spread, math.ceil(method.slots / mesh.size) * mesh.size if mesh else method.slots
     )
 
     def run(bank: Bank, incumbent: Incumbent, keys: jax.Array, trials: Trials) -> tuple[Bank, Incumbent, Told]:
