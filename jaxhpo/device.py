@@ -83,8 +83,8 @@ class _Identity:
         """Where the parts of a carry are: the bank over the devices of the mesh, the rest on each."""
         if self.mesh is None:
             return None
-        rows, everywhere = over_devices(self.mesh), over_devices(self.mesh, rows=False)
-        return Carry(everywhere, Bank(rows, everywhere), Incumbent(everywhere, everywhere))
+        everywhere: Any = over_devices(self.mesh, rows=False)
+        return Carry(everywhere, Bank(over_devices(self.mesh), everywhere), Incumbent(everywhere, everywhere))
 
     def __hash__(self) -> int:
         return hash(self.key)

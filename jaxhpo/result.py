@@ -211,11 +211,11 @@ class Result:
       >>> result.best_hparams, result.best_loss, result.stopped
       ({'lr': 1.0, 'net': 'mlp'}, 0.0, 'method')
       >>> print(result.table(3))
-       rank   id       loss   lr    net
-       ────────────────────────────────
-          1    4          0   1     mlp
-          2    2   0.480453   0.5   mlp
-          3    5          1   1     cnn
+       rank  id    loss  lr   net
+       ──────────────────────────
+          1   4       0  1    mlp
+          2   2  0.4805  0.5  mlp
+          3   5       1  1    cnn
       <BLANKLINE>
       2 of 6 trials failed: 2 × loss not finite
       >>> result.best_so_far()[1].tolist()[-1]
@@ -282,11 +282,10 @@ class Result:
         """The `n` best trials as text, best first: header and rows of `table`."""
         t = self.trials
         best = t.best(n)
-        found = [c for c in columns(self.space, take(t.hparams, best)) if c.live.any()]
-        shown, hidden = found[:parameters], len(found[parameters:])
+        texts = _texts(self.space, take(t.hparams, best))
+        cells, hidden = list(texts.values())[:parameters], len(texts) - parameters
         trained = bool((t.steps > 0).any())
-        header = ["rank", "id", *(["steps"] if trained else []), "loss", *(c.name for c in shown)]
-        cells = [[show(v) if live else "" for v, live in zip(c.native().tolist(), c.live, strict=True)] for c in shown]
+        header = ["rank", "id", *(["steps"] if trained else []), "loss", *list(texts)[:parameters]]
         body = []
         for i, row in enumerate(best.tolist()):
             steps = [str(t.steps[row])] if trained else []
@@ -295,28 +294,31 @@ class Result:
                     str(i + 1),
                     str(t.id[row]) if t.id[row] >= 0 else "known",
                     *steps,
-                    f"{t.loss[row]:.6g}",
+                    f"{t.loss[row]:.4g}",
                     *(c[i] for c in cells),
                 ]
             )
-        return [*header, f"+ {hidden} more"] if hidden else header, [[*b, "…"] if hidden else b for b in body]
+        if hidden <= 0:
+            return header, body
+        return [*header, f"+ {hidden} more"], [[*cells, "…"] for cells in body]
 
     def table(self, n: int = 10, parameters: int = 8) -> TrialTable:
         """The best trials, each at its lowest loss, and a count of what failed, to `print` or to show in a notebook.
 
         Args:
           n: number of trials.
-          parameters: number of hyperparameters, in the order of `space.names`; one that is live in none of these
-            trials is left out.
+          parameters: number of hyperparameters, in the order of `space.names`; those of a branch are shown with the
+            choice, as in `adam (lr=0.01)`.
 
         Returns:
           A `rich` table.
         """
         header, body = self.rows(n, parameters)
-        table = TrialTable(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        table = TrialTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
         table.note = self._note()
         for name in header:
-            table.add_column(Text(name), justify="right" if name in ("rank", "id", "steps", "loss") else "left")
+            figure = name in ("rank", "id", "steps", "loss")
+            table.add_column(Text(name), justify="right" if figure else "left", no_wrap=figure, overflow="fold")
         for i, row in enumerate(body):
             table.add_row(*(Text(cell) for cell in row), style="bold green" if i == 0 else None)
         return table
@@ -355,6 +357,29 @@ class Result:
         from jaxhpo.report import report
 
         return report(self, path, title=title, facts=facts)
+
+
+def _texts(space: Space, hparams: PyTree) -> dict[str, list[str]]:
+    """The hyperparameters of some trials by name, those of a branch in brackets behind its choice."""
+    owner = {leaf.start + i: leaf for leaf in space.leaves for i in range(leaf.size)}
+    texts: dict[str, list[str]] = {}
+    inside: dict[str, list[list[str]]] = {}
+    for dim, column in enumerate(columns(space, hparams)):
+        root = owner[dim]
+        while root.parent >= 0:
+            root = owner[root.parent]
+        shown = [show(value) for value in column.native().tolist()]
+        if root is owner[dim]:
+            texts[column.name] = shown
+            inside[root.path] = [[] for _ in shown]
+            continue
+        label = column.name.rpartition(".")[2]
+        for notes, text, live in zip(inside[root.path], shown, column.live, strict=True):
+            notes += [f"{label}={text}"] * bool(live)
+    for name, notes in inside.items():
+        if any(notes):
+            texts[name] = [f"{t} ({', '.join(n)})" if n else t for t, n in zip(texts[name], notes, strict=True)]
+    return texts
 
 
 def _series(pandas: Any, column: Column) -> Any:

@@ -151,12 +151,12 @@ def test_a_table_shows_the_best_trials_and_what_failed():
         "activation",
         "batch",
         "+",
-        f"{len(best_names(result, best)) - 2}",
+        f"{len({name.split(chr(46))[0] for name in best_names(result, best)}) - 2}",
         "more",
     ]
     for line, row in zip(lines[2:5], best, strict=True):
         cells = line.split()
-        assert cells[1:4] == [str(result.trials.id[row]), str(row + 1), f"{result.trials.loss[row]:.6g}"]
+        assert cells[1:4] == [str(result.trials.id[row]), str(row + 1), f"{result.trials.loss[row]:.4g}"]
     assert lines[-1] == "12 of 200 trials failed: 10 × loss not finite, 2 × ValueError: singular"
     assert result.failures() == {"loss not finite": 10, "ValueError: singular": 2}
 
@@ -175,7 +175,8 @@ def test_a_table_leaves_markup_alone_and_out_what_is_not_live():
     result = study(tree, losses=[1.0])
     text = str(result.table())
     assert "noise[0]" in text and "[bold]x[/bold]" in text
-    assert ("o.b" in text) == (result.best_hparams["o"]["choice"] == "b")
+    chosen = result.best_hparams["o"]
+    assert text.splitlines()[2].endswith(f"b (b={chosen['b']})" if chosen["choice"] == "b" else "a")
 
 
 def test_known_results_come_before_trials():
