@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxhpo.budget import Budget, Limits, Meter, Tally, begin, capacity, limits, proceed
 from jaxhpo.lanes import Bank, Incumbent, over_devices
 from jaxhpo.method import Method, bare
+from jaxhpo.space import working_dtype
 from jaxhpo.study import Carry, Engine, Initial, Trace, make_engine
 from jaxhpo.trainable import Trainable
 
@@ -65,7 +66,7 @@ def _chunk(engine: Engine, most: int) -> Callable:
     return chunk
 
 
-class _Identity:
+class Plan:
     """What a compiled study depends on; equal when the compiled code can be shared."""
 
     def __init__(self, problem: Any, method: Method, lanes: int | None, mesh: Mesh | None, initial: Initial | None):
@@ -77,7 +78,8 @@ class _Identity:
         except Exception:  # a constant of the space that cannot be pickled
             content = id(method.space), id(initial)
         functions = bare(method.init), method.ask, method.tell, method.reserve
-        self.key = (problem, functions, method.batch, method.slots, method.uses_gradients, lanes, mesh, content)
+        shapes = method.batch, method.slots, method.uses_gradients, lanes, mesh, working_dtype()
+        self.key = (problem, functions, shapes, content)
 
     def placement(self) -> Carry | None:
         """Where the parts of a carry are: the bank over the devices of the mesh, the rest on each."""
@@ -90,34 +92,44 @@ class _Identity:
         return hash(self.key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.key == other.key
+        return isinstance(other, Plan) and self.key == other.key
 
 
 @functools.lru_cache(maxsize=64)
-def _engine(identity: _Identity) -> Engine:
-    return make_engine(*identity.parts)
+def engine_of(plan: Plan) -> Engine:
+    return make_engine(*plan.parts)
 
 
 @functools.lru_cache(maxsize=64)
-def _start(identity: _Identity, room: int | None) -> Callable:
-    engine = _engine(identity)
-    return jax.jit(lambda key, settings: engine.start(key, settings, room), out_shardings=identity.placement())
+def _start(plan: Plan, room: int | None) -> Callable:
+    engine = engine_of(plan)
+    return jax.jit(lambda key, settings: engine.start(key, settings, room), out_shardings=plan.placement())
 
 
-@functools.lru_cache(maxsize=64)
-def _program(identity: _Identity, most: int, shape: tuple, treedef: Any) -> Program:
-    begun = time.perf_counter()
-    carry = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(s, d) for s, d in shape])
-    key = jax.eval_shape(lambda: jax.random.key(0))
+def lower(plan: Plan, most: int, carry: Carry, key: jax.Array) -> tuple[jax.stages.Lowered, list]:
+    """The program of a chunk of at most `most` rounds, not yet compiled, and the arrays that it is to be given first.
+
+    Args:
+      plan: the study.
+      most: rounds that there is room for in the traces.
+      carry: the study between two rounds, or its shapes.
+      key: the study's key, or its shape.
+    """
     example = key, np.int32(0), begin(Tally()), limits(Budget(), Tally(), 1)
-    chunk, data = hoist(_chunk(_engine(identity), most), carry, *example)
+    chunk, data = hoist(_chunk(engine_of(plan), most), carry, *example)
     options: dict[str, Any] = {"donate_argnums": 1}
-    if identity.mesh is not None:
-        everywhere = over_devices(identity.mesh, rows=False)
-        inputs = everywhere, identity.placement(), *[everywhere] * len(example)
-        options |= {"in_shardings": inputs, "out_shardings": (identity.placement(), everywhere, everywhere)}
-    compiled = jax.jit(chunk, **options).lower(data, carry, *example).compile()
-    return Program(functools.partial(compiled, data), time.perf_counter() - begun)
+    if plan.mesh is not None:
+        everywhere = over_devices(plan.mesh, rows=False)
+        inputs = everywhere, plan.placement(), *[everywhere] * len(example)
+        options |= {"in_shardings": inputs, "out_shardings": (plan.placement(), everywhere, everywhere)}
+    return jax.jit(chunk, **options).lower(data, carry, *example), data
+
+
+@functools.lru_cache(maxsize=64)
+def _program(plan: Plan, most: int, shapes: tuple, treedef: Any) -> Program:
+    begun = time.perf_counter()
+    lowered, data = lower(plan, most, *jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*shape) for shape in shapes]))
+    return Program(functools.partial(lowered.compile(), data), time.perf_counter() - begun)
 
 
 class Device:
@@ -134,7 +146,7 @@ class Device:
         mesh: Mesh | None,
         initial: Initial | None,
     ):
-        self.identity = _Identity(problem, method, lanes, mesh, initial)
+        self.plan = Plan(problem, method, lanes, mesh, initial)
         self.method, self.key, self.budget = method, key, budget
         known = capacity(method, budget)
         self.open = known is None
@@ -142,12 +154,12 @@ class Device:
         self.most = int(min(budget.rounds, MOST_ROUNDS if known is None else known // method.batch, MOST_ROUNDS))
         self.pace = 1.0
         self.compile_seconds = 0.0
-        self.carry = _start(self.identity, self.room)(key, method.settings)
+        self.carry = _start(self.plan, self.room)(key, method.settings)
 
     def _compiled(self) -> Program:
-        leaves, treedef = jax.tree.flatten(self.carry)
+        leaves, treedef = jax.tree.flatten((self.carry, self.key))
         before = _program.cache_info().misses
-        program = _program(self.identity, self.most, tuple((x.shape, x.dtype) for x in leaves), treedef)
+        program = _program(self.plan, self.most, tuple((x.shape, x.dtype) for x in leaves), treedef)
         self.compile_seconds += program.seconds if _program.cache_info().misses > before else 0.0
         return program
 
@@ -182,11 +194,11 @@ class Device:
         spare = len(self.carry.bank.reached) - len(carry.bank.reached)
         bank = jax.tree.map(lambda x: np.pad(x, ((0, spare), *((0, 0),) * (x.ndim - 1))), carry.bank)
         carry = carry._replace(bank=bank)
-        self.carry = jax.jit(lambda c: c, out_shardings=self.identity.placement())(carry)
+        self.carry = jax.jit(lambda c: c, out_shardings=self.plan.placement())(carry)
 
     def best_state(self) -> PyTree:
         """The training state with the lowest loss."""
-        return _engine(self.identity).restore(self.carry.incumbent.state)
+        return engine_of(self.plan).restore(self.carry.incumbent.state)
 
     def close(self) -> None:
         """Nothing to release."""

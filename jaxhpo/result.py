@@ -376,9 +376,9 @@ def _texts(space: Space, hparams: PyTree) -> dict[str, list[str]]:
         label = column.name.rpartition(".")[2]
         for notes, text, live in zip(inside[root.path], shown, column.live, strict=True):
             notes += [f"{label}={text}"] * bool(live)
-    for name, notes in inside.items():
-        if any(notes):
-            texts[name] = [f"{t} ({', '.join(n)})" if n else t for t, n in zip(texts[name], notes, strict=True)]
+    for name, branches in inside.items():
+        if any(branches):
+            texts[name] = [f"{t} ({', '.join(b)})" if b else t for t, b in zip(texts[name], branches, strict=True)]
     return texts
 
 

@@ -2,13 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jaxhpo as hpo
-from jaxhpo.budget import Budget, Tally, begin, limits
-from jaxhpo.device import _chunk, hoist
-from jaxhpo.study import make_engine
+from jaxhpo.device import Plan, engine_of, lower
 
 STATE = 16384
 SPACE = hpo.Space({"x": hpo.Float(0.0, 1.0)})
@@ -23,22 +20,16 @@ def big(data):
 
 
 def compiled(problem, method, lanes, most):
-    engine = make_engine(problem, method, lanes)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    carry = jax.eval_shape(lambda k: engine.start(k, method.settings, most * method.batch), key)
-    example = key, np.int32(0), begin(Tally()), limits(Budget(), Tally(), 1)
-    chunk, data = hoist(_chunk(engine, most), carry, *example)
-    lowered = jax.jit(chunk, donate_argnums=1).lower(data, carry, *example)
+    plan, key = Plan(problem, method, lanes, None, None), jax.random.key(0)
+    carry = jax.eval_shape(lambda k: engine_of(plan).start(k, method.settings, most * method.batch), key)
+    lowered, _ = lower(plan, most, carry, key)
     return lowered, lowered.compile().memory_analysis()
 
 
 def peak(memory):
-    return (
-        memory.temp_size_in_bytes
-        + memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    """Bytes at once: arguments, of which those donated become outputs, and what is needed in between."""
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + memory.argument_size_in_bytes + outputs
 
 
 @pytest.mark.parametrize("cycles, in_flight", [(1, 5), (3, 15), (3, 2)])

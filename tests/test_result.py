@@ -297,7 +297,7 @@ def test_the_page_has_the_facts(written):
     assert facts["time"] == "1 min 15 s, 2.5 s of it compiling"
     assert facts["width"] == str(result.best_hparams["width"])
     assert page.of("td")[:4] == ["1", str(result.trials.id[result.trials.best(1)[0]]), *page.of("td")[2:4]]
-    assert page.of("td")[3] == f"{result.best_loss:.6g}"
+    assert page.of("td")[3] == f"{result.best_loss:.4g}"
     assert page.tags.count("svg") == 4
     assert {"Best so far", "Learning curves", "Parallel coordinates", "Slices"} <= set(page.of("h2"))
 
