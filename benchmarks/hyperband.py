@@ -33,9 +33,8 @@ def peak(problem, method, lanes=None, rounds=8):
 
 def main():
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    print(
-        f"{'max_steps':>9}{'batch':>7}{'cycles':>8}{'in flight':>11}{'rounds':>8}{'lanes in use':>14}{'states':>8}{'bound':>7}"
-    )
+    head = f"{'max_steps':>9}{'batch':>7}{'cycles':>8}{'in flight':>11}{'rounds':>8}"
+    print(f"{head}{'lanes in use':>14}{'states':>8}{'bound':>7}")
     for max_steps, batch, cycles, in_flight in [
         (810, 64, 1, 7),
         (810, 64, 2, 14),
@@ -53,9 +52,8 @@ def main():
     objective = hpo.unroll(TRAINABLE, 10)
     few = peak(objective, hpo.random(SPACE, batch=32), 32, rounds=1)
     for name, batch, rounds in (("32 asks of 32", 32, 32), ("one ask of 1,000", 1000, 1)):
-        print(
-            f"random, {name}, lanes=32: {peak(objective, hpo.random(SPACE, batch=batch), 32, rounds) / few:.3f} of 32 trials"
-        )
+        more = peak(objective, hpo.random(SPACE, batch=batch), 32, rounds)
+        print(f"random, {name}, lanes=32: {more / few:.3f} of 32 trials")
 
 
 if __name__ == "__main__":
