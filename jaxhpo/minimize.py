@@ -100,7 +100,9 @@ def minimize(
         if whole("repeats", repeats, 1) > 1:
             raise ValueError(f"repeats={repeats} is for JAX problems; average inside the external function")
     else:
-        problem = repeated(problem, whole("repeats", repeats, 1)) if callable(problem) or repeats == 1 else problem
+        repeats = whole("repeats", repeats, 1)
+        if isinstance(problem, Trainable) or callable(problem):
+            problem = repeated(problem, repeats)
         check(problem, method, lanes=lanes)
     key = _typed(key)
     budget = read_budget(method, trials, steps, rounds, target, patience, time_limit)

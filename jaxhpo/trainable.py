@@ -1,5 +1,6 @@
 """Training as pure functions of one trial."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class Trainable(NamedTuple):
     """(params, hparams) -> loss over the full training data, for implicit differentiation"""
 
 
+@functools.lru_cache(maxsize=64)
 def repeated(problem: Callable | Trainable, repeats: int) -> Callable | Trainable:
     """The same problem with every trial run `repeats` times, on keys split from its own; its loss is their mean."""
     if repeats == 1:

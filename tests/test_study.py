@@ -143,6 +143,17 @@ def test_repeats_average_over_keys():
     expected = [float(jnp.mean(jax.vmap(jax.random.uniform)(jax.random.split(k, 8)))) for k in trial_keys]
     assert np.allclose(result.trials.loss, expected, rtol=1e-6)
 
+    drawn = hpo.Trainable(
+        init=lambda key, h: jax.random.uniform(key),
+        step=lambda key, state, h: state + 1,
+        evaluate=lambda state, h: state,
+    )
+    race = hpo.successive_halving({"x": hpo.Float(0.0, 1.0)}, trials=4, max_steps=1, batch=4)
+    trained = hpo.minimize(drawn, race, key=KEY, repeats=8)
+    starts = [jax.vmap(jax.random.uniform)(jax.random.split(jax.random.fold_in(k, 0), 8)) for k in trial_keys]
+    assert np.allclose(trained.trials.loss, 1 + np.mean(starts, axis=1), rtol=1e-6)
+    assert np.allclose(trained.best_state, 1 + starts[int(np.argmin(trained.trials.loss))], rtol=1e-6)
+
 
 @pytest.mark.parametrize("name", ["random", "quasirandom", "grid", "hyperband", "successive_halving"])
 def test_whole_studies_lower_for_tpu(name):
