@@ -67,6 +67,8 @@ class Directory:
 
     def __init__(self, path: str | os.PathLike, description: dict[str, str]):
         self.path = Path(path).absolute()
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"directory={str(path)!r} is a file; give a directory, it is made if it does not exist")
         self.path.mkdir(parents=True, exist_ok=True)
         self.saved, self.cost = -1e9, 0.0
         label = self.path / "study.json"

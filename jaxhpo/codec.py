@@ -4,9 +4,9 @@ A real parameter is uniform, or log-uniform: z = centre * exp(w * (u - 1/2)) wit
 relative errors at both ends. Levels have equal shares, floor(u * levels), and those of a log integer the shares of
 the reals that round to them: floor(base * expm1(w * u)) counts up from low = base + 1/2.
 
-A point decodes to the same bits in every program. Compilers fuse a product and a sum into one rounding where they meet:
-so no sum here has two products to choose from, the last operation is a clip, which meets no sum of the user's, and what
-is not within a program is compiled as one.
+A point decodes to the same bits in every program. XLA fuses a product and a sum into one rounding in some programs and
+not in others, so no product meets a sum here, nor one of the user's: the last operation is a clip. Its exp differs
+between the body and the tail of a loop, its expm1 does not. What is not within a program is compiled as one.
 """
 
 import functools
@@ -63,7 +63,9 @@ def _log_ratio(low: float, high: float) -> float:
     return math.log1p((high - low) / low) if high < 2 * low else math.log(high) - math.log(low)
 
 
-_rounded = jax.lax.optimization_barrier
+def _exp(x: jax.Array) -> jax.Array:
+    growth = jnp.expm1(jnp.abs(x)) + 1
+    return jnp.where(x < 0, 1 / growth, growth)
 
 
 @jax.custom_jvp
@@ -293,9 +295,8 @@ class Codec:
         """What the leaves of a group decode to, side by side."""
         if group.kind == "real":
             r = self._at(self._reals, group.columns)
-            # Barriers between the roundings: what the compiler fuses, and so rounds once, depends on what is around it.
-            mix = _rounded(_rounded(r.width * unit) + r.low)
-            z = _rounded(_rounded(jnp.where(r.log, jnp.exp(mix), mix)) * r.scale)
+            mix = jax.lax.optimization_barrier(r.width * unit) + r.low
+            z = jnp.where(r.log, _exp(mix), mix) * r.scale
             return _confine(z, r.floor, r.ceiling)
         level, options = self._level(unit, group.columns), group.options
         if options is None:

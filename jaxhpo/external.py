@@ -98,6 +98,7 @@ class _Workers:
     def __init__(self, problem: External):
         self.problem = problem
         self.pool: Any = None
+        self.sound = False
 
     def _executor(self) -> Any:
         if self.pool is None:
@@ -116,7 +117,20 @@ class _Workers:
             return self._executor().submit(self.problem.fn, hparams)
 
     def again_alone(self, hparams: PyTree) -> Outcome:
+        """Evaluates once more, in a process of its own.
+
+        Raises:
+          RuntimeError: no process can be started at all.
+        """
         spawn = multiprocessing.get_context("spawn")
+        if not self.sound:
+            with futures.ProcessPoolExecutor(1, mp_context=spawn) as probe:
+                self.sound = _outcome(probe.submit(abs, 0)) is not None
+        if not self.sound:
+            raise RuntimeError(
+                "the worker processes die as they start; in a script, call hpo.minimize below "
+                "`if __name__ == '__main__':`, since each worker imports the script, or say external(fn, pool='thread')"
+            )
         with futures.ProcessPoolExecutor(1, mp_context=spawn) as alone:
             return _outcome(alone.submit(self.problem.fn, hparams)) or Outcome(math.nan, "the worker process died")
 
@@ -181,7 +195,7 @@ class Host:
     ):
         if method.slots or method.uses_gradients:
             raise TypeError(
-                f"problem is external, but '{method.name}' trains in stretches or needs gradients; use hpo.tpe"
+                f"problem is external, but '{method.name}' trains in stretches or needs gradients; use hpo.random"
             )
         self.method, self.key, self.budget, self.initial = method, key, budget, initial
         self.workers, self.journal = _Workers(problem), Journal(journal)

@@ -15,6 +15,7 @@ import optax
 from flax import linen, nnx
 
 from jaxhpo.modules import hashed_bits, scramble
+from jaxhpo.space import Branches
 from jaxhpo.trainable import Trainable
 
 PyTree = Any
@@ -186,7 +187,7 @@ def select_optimizer(choice: Any, optimizers: Mapping[str, Any]) -> optax.Gradie
     Args:
       choice: what a `OneOf` over optimizers decodes to, `{"choice": i32[], name: hparams, ...}`; or what a
         `Categorical` of their names does, an index i32[]. Their native values, names, give that optimizer alone.
-      optimizers: by name and in the order of the space: an `optax.GradientTransformation`, or at a `OneOf` a
+      optimizers: by name, at a `Categorical` in its order: an `optax.GradientTransformation`, or at a `OneOf` a
         function from the hyperparameters of its branch to one, which natively is called for the live branch only.
 
     Raises:
@@ -203,11 +204,12 @@ def select_optimizer(choice: Any, optimizers: Mapping[str, Any]) -> optax.Gradie
     branches: Mapping[str, Any] = {}
     if isinstance(choice, Mapping):
         branches = {name: hparams for name, hparams in choice.items() if name != "choice"}
+        if isinstance(choice, Branches) and set(branches) == set(optimizers):
+            optimizers = {name: optimizers[name] for name in branches}
         choice = choice["choice"]
         if not set(branches) <= set(optimizers) or (not isinstance(choice, str) and len(branches) < len(optimizers)):
             raise ValueError(
-                f"optimizers must have the names of the OneOf in its order: it has {sorted(branches)}, "
-                f"got {list(optimizers)}"
+                f"optimizers must have the names of the OneOf: it has {list(branches)}, got {list(optimizers)}"
             )
     if isinstance(choice, str):
         if choice not in optimizers:

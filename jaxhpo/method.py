@@ -88,7 +88,7 @@ class Method(NamedTuple):
     """
 
     name: str
-    """as in `hpo.tpe`"""
+    """as in `hpo.random`"""
     space: Space
     """what it searches"""
     settings: PyTree

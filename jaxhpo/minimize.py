@@ -50,7 +50,7 @@ def minimize(
     target: float | None = None,
     time_limit: float | None = None,
     patience: int | None = None,
-    callbacks: Sequence[Callable[[Report], Any]] = (),
+    callbacks: Callable[[Report], Any] | Sequence[Callable[[Report], Any]] = (),
     progress: bool | None = None,
 ) -> Result:
     """Searches for the hyperparameters with the lowest loss.
@@ -70,7 +70,8 @@ def minimize(
       repeats: how many times each trial is run, with keys of its own; the mean of the losses is told.
       lanes: how many trials run side by side, at least 1; the method's batch if not given. Fewer need less memory.
       mesh: devices over which the lanes are spread.
-      directory: where to keep checkpoints. A study that is there already is resumed.
+      directory: where to keep checkpoints. A study that is there already is resumed; the data and the code of the
+        problem are not compared.
       initial: points to try first, of native Python values, or `(point, loss)` pairs of known results.
       target: a loss to stop at.
       time_limit: seconds after which to stop, seen between two chunks of rounds.
@@ -105,6 +106,7 @@ def minimize(
             problem = repeated(problem, repeats)
         check(problem, method, lanes=lanes)
     key = _typed(key)
+    callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
     budget = read_budget(method, trials, steps, rounds, target, patience, time_limit)
     given = read_initial(method.space, initial)
     store = None
@@ -228,7 +230,7 @@ class _Shell:
             why = next(iter(result.errors.values()), "every loss was NaN or infinite")
             raise AllTrialsFailed(
                 f"all {self.tally.trials} trials of '{self.method.name}' failed ({why}); try one of them by hand, they "
-                "are in the result of this error",
+                "are in this error's .result",
                 result,
             )
         return result

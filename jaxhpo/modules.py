@@ -126,6 +126,14 @@ def _within(path: str, value: ArrayLike | None, limit: int, count: int | None = 
     return array if count is None else jnp.broadcast_to(array, (count,))
 
 
+def _or_failed(outputs: jax.Array, *sizes: tuple[ArrayLike | None, int]) -> jax.Array:
+    """`outputs`, or NaN where a traced size is not in [1, limit]: the trial fails instead of being another network."""
+    for value, limit in sizes:
+        if isinstance(value, jax.core.Tracer):
+            outputs = jnp.where(jnp.all((value >= 1) & (value <= limit)), outputs, jnp.nan)
+    return outputs
+
+
 class _Layer(nn.Module):
     """A dense layer, or with `taps` a convolution, of which the first `inputs` and `outputs` channels are in use."""
 
@@ -203,6 +211,8 @@ class MLP(nn.Module):
       dropout: float[], rate of dropout after each hidden layer; costs nothing where it is the number 0.
       gain: float[], variance of a kernel times its fan-in: 1 is LeCun's initialisation (flax's default), 2 is He's.
 
+    A size out of its range is an error, or where it is traced, NaN outputs.
+
     `__call__(x, train=False)`: x is float[batch, ...] and is flattened; returns float[batch, features]; dropout needs
     the stream "dropout". Optimizers that average over an array of parameters (Adafactor) see the zeros outside, and
     units that a method adds in the middle of training (PBT, on the width) stay zero: search widths with fresh trials.
@@ -241,7 +251,8 @@ class MLP(nn.Module):
             x = y if i == 0 else jnp.where(i < depth, y, x)
             inputs = widths[i]
         last = widths[jnp.clip(depth, 1, self.max_depth) - 1]
-        return _Layer(self.features, last, self.features, True, self.gain, name="out")(x)
+        outputs = _Layer(self.features, last, self.features, True, self.gain, name="out")(x)
+        return _or_failed(outputs, (self.width, self.max_width), (self.depth, self.max_depth))
 
     @nn.nowrap
     def shrink(self, params: PyTree) -> tuple["MLP", PyTree]:
@@ -278,6 +289,8 @@ class CNN(nn.Module):
         the largest does.
       activation, activations, gain: as in `MLP`.
       dropout: float[], rate of dropout before the outputs.
+
+    A size out of its range is an error, or where it is traced, NaN outputs.
 
     `__call__(x, train=False)`: x is float[batch, height, width] or float[batch, height, width, inputs].
 
@@ -327,7 +340,9 @@ class CNN(nn.Module):
         x = x.mean((1, 2))
         if train and not _never(self.dropout):
             x = dropout(self.make_rng("dropout"), x, self.dropout)
-        return _Layer(self.features, inputs, self.features, True, self.gain, name="out")(x)
+        outputs = _Layer(self.features, inputs, self.features, True, self.gain, name="out")(x)
+        limits = (self.channels, self.max_channels), (self.depth, self.max_depth), (self.kernel, self.max_kernel)
+        return _or_failed(outputs, *limits)
 
     @nn.nowrap
     def shrink(self, params: PyTree) -> tuple["CNN", PyTree]:

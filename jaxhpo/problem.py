@@ -43,7 +43,8 @@ def check(
         _check_objective(problem, method)
     else:
         raise TypeError(
-            f"problem must be an objective (key, hparams) -> loss, a Trainable or external(fn), got {problem!r}"
+            f"problem must be an objective (key, hparams) -> loss or a Trainable, got {problem!r}; hpo.minimize also "
+            "takes hpo.external(fn)"
         )
     return method.rounds if rounds is None else rounds
 
@@ -53,21 +54,33 @@ def _example(method: Method) -> tuple[jax.Array, PyTree]:
     return jax.eval_shape(lambda: (jax.random.key(0), space.decode(jnp.zeros(space.dims))))
 
 
-def _traced(what: str, fn: Callable, *args: Any) -> Any:
+def _traced(what: str, fn: Callable, hparams: PyTree, *args: Any) -> Any:
     try:
-        return jax.eval_shape(fn, *args)
+        return jax.eval_shape(fn, *args, hparams)
     except _NOT_TRACEABLE as error:
         raise TypeError(
             f"{what} cannot be traced by JAX: {str(error).splitlines()[0]} Write it with jax.numpy and jax.lax, or, "
             "where it has to be plain Python, wrap a function of a dict: hpo.external(fn)"
         ) from error
+    except Exception as error:
+        names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(hparams)[0]]
+        error.add_note(
+            f"This came up while JAX traced {what}, where the hyperparameters are abstract values: {', '.join(names)}. "
+            "They cannot be shapes; hpo.MLP and hpo.CNN are networks whose widths and depths they may be."
+        )
+        raise
 
 
 def _check_loss(what: str, loss: Any) -> None:
     leaves = jax.tree.leaves(loss)
-    if len(leaves) != 1 or leaves[0].shape != () or not jnp.issubdtype(leaves[0].dtype, jnp.number):
+    if (
+        not jax.tree_util.all_leaves([loss])
+        or len(leaves) != 1
+        or leaves[0].shape != ()
+        or not jnp.issubdtype(leaves[0].dtype, jnp.number)
+    ):
         shapes = [f"{x.dtype.name}{list(x.shape)}" for x in leaves]
-        got = ", ".join(shapes) or repr(loss)
+        got = ", ".join(shapes) if jax.tree_util.all_leaves([loss]) else str(jax.tree.structure(loss))
         raise TypeError(f"{what} must return a scalar loss, got {got}; reduce it, say by its mean")
 
 
@@ -78,7 +91,8 @@ def _check_objective(objective: Callable, method: Method) -> None:
             "step, evaluate), or choose a black-box method such as hpo.random"
         )
     key, hparams = _example(method)
-    loss = _traced("the objective", lambda k, h: objective(k, method.space.fill(h)), key, hparams)
+    call = lambda k, h: objective(k, method.space.fill(h))  # noqa: E731
+    loss = _traced("the objective as objective(key, hparams)", call, hparams, key)
     _check_loss("the objective", loss)
 
 
@@ -90,8 +104,8 @@ def _check_trainable(trainable: Trainable, method: Method) -> None:
         )
     fill = method.space.fill
     key, hparams = _example(method)
-    state = _traced("Trainable.init", lambda k, h: trainable.init(k, fill(h)), key, hparams)
-    after = _traced("Trainable.step", lambda k, s, h: trainable.step(k, s, fill(h)), key, state, hparams)
+    state = _traced("Trainable.init", lambda k, h: trainable.init(k, fill(h)), hparams, key)
+    after = _traced("Trainable.step", lambda k, s, h: trainable.step(k, s, fill(h)), hparams, key, state)
     shape: Any = jax.tree.structure(state)
     if shape != jax.tree.structure(after):
         raise TypeError(
@@ -105,6 +119,5 @@ def _check_trainable(trainable: Trainable, method: Method) -> None:
                 f"Trainable.step changed train_state{jax.tree_util.keystr(path)} from {old.dtype}{list(old.shape)} to "
                 f"{new.dtype}{list(new.shape)}; let init return what step returns"
             )
-    _check_loss(
-        "Trainable.evaluate", _traced("Trainable.evaluate", lambda s, h: trainable.evaluate(s, fill(h)), after, hparams)
-    )
+    loss = _traced("Trainable.evaluate", lambda s, h: trainable.evaluate(s, fill(h)), hparams, after)
+    _check_loss("Trainable.evaluate", loss)

@@ -68,7 +68,7 @@ class Bar:
         if console.is_terminal if show is None else show:
             text = TextColumn("{task.fields[facts]}")
             self.bar = Progress(SpinnerColumn(), TextColumn(name), BarColumn(24), text, _Left(), console=console)
-            self.task = self.bar.add_task(name, total=1.0, facts="compiling", left="?")
+            self.task = self.bar.add_task(name, total=1.0, facts="starting", left="?")
 
     def __enter__(self) -> "Bar":
         if self.bar:

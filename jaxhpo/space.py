@@ -23,6 +23,18 @@ def working_dtype() -> np.dtype:
     return np.dtype(jnp.result_type(float))
 
 
+@jax.tree_util.register_pytree_with_keys_class
+class Branches(dict):
+    """What a user's function gets at a `OneOf`: a dict whose order, that of the space, survives `jit` and `vmap`."""
+
+    def tree_flatten_with_keys(self) -> tuple[list, tuple]:
+        return [(jax.tree_util.DictKey(name), value) for name, value in self.items()], tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple, values: Any) -> "Branches":
+        return cls(zip(names, values, strict=True))
+
+
 class _Constant:
     """A leaf of the user's tree that is no parameter."""
 
@@ -216,7 +228,7 @@ class Space:
 
     def flatten(self, hparams: PyTree) -> list:
         """The values in a decoded tree, in the order of `leaves`."""
-        found = zip(self._entries, self._treedef.flatten_up_to(hparams), strict=True)
+        found = zip(self._entries, self._treedef.flatten_up_to(_plain(hparams)), strict=True)
         values = {entry: value for entry, value in found if not isinstance(entry, _Constant)}
         return [values[i] for i in range(len(self.leaves))]
 
@@ -226,10 +238,8 @@ class Space:
         return jax.tree.unflatten(self._treedef, entries)
 
     def fill(self, hparams: PyTree) -> PyTree:
-        """`hparams` with the constants of the space put back where `decode` left `None`."""
-        values = self.flatten(hparams)
-        filled = [entry.value if isinstance(entry, _Constant) else values[entry] for entry in self._entries]
-        return jax.tree.unflatten(self._treedef, filled)
+        """`hparams` as a user's function gets them: constants put back where `decode` left `None`, `OneOf`s ordered."""
+        return _filled(self.tree, iter(self.flatten(hparams)))
 
     def native(self, hparams: PyTree, i: int | None = None) -> PyTree:
         """Hyperparameters as Python values: options themselves, constants, only the live branch of a `OneOf`.
@@ -267,6 +277,27 @@ class Space:
             if isinstance(leaf.parameter, OneOf):
                 chosen[leaf.start] = parsed
         return self.unflatten(values)
+
+
+def _filled(tree: PyTree, values: Iterator) -> PyTree:
+    """`tree` with the next value at each parameter, in the order of `Space.leaves`."""
+
+    def visit(node: Any) -> Any:
+        if not isinstance(node, Parameter):
+            return node
+        value = next(values)
+        if not isinstance(node, OneOf):
+            return value
+        return Branches({"choice": value} | {name: _filled(subtree, values) for name, subtree in node.branches.items()})
+
+    return jax.tree.map(visit, tree, is_leaf=_is_leaf)
+
+
+def _plain(tree: PyTree) -> PyTree:
+    """`tree` with dicts instead of `Branches`."""
+    is_branches = lambda node: isinstance(node, Branches)  # noqa: E731
+    to_dict = lambda node: {k: _plain(v) for k, v in node.items()} if is_branches(node) else node  # noqa: E731
+    return jax.tree.map(to_dict, tree, is_leaf=lambda node: node is None or is_branches(node))
 
 
 def _native(tree: PyTree, values: Iterator[np.ndarray]) -> PyTree:

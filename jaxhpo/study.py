@@ -77,6 +77,10 @@ def read_initial(space: Space, initial: Sequence | None) -> Initial | None:
     """
     if not initial:
         return None
+    if not isinstance(initial, list | tuple):
+        raise TypeError(
+            f"initial must be a list of points or of (point, loss) pairs, got {initial!r}; put it in a list"
+        )
     untried, known, losses = [], [], []
     for item in initial:
         if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float | np.number):

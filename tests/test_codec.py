@@ -167,23 +167,31 @@ def test_levels_of_a_log_integer_have_the_share_of_what_rounds_to_them(dtype):
     np.testing.assert_allclose(counts, n * np.log((value + 0.5) / (value - 0.5)) / np.log(201), atol=2)
 
 
-def test_a_point_decodes_to_the_same_bits_in_every_program(dtype):
-    space = hpo.Space(
-        {
-            "linear": [hpo.Float(-0.7 * k, 1.3 * k) for k in range(1, 9)],
-            "log": [hpo.Float(1e-5, 0.3 * k, log=True) for k in range(1, 9)],
-            "int": [hpo.Int(1, 1000 * k, log=True) for k in range(1, 9)],
-            "array": hpo.Array(3, -0.3, 0.7),
-        }
-    )
-    n, key = 515, jax.random.key(3)
+FEW = {"x": hpo.Float(-0.7, 1.3), "lr": hpo.Float(1e-5, 0.3, log=True), "b": hpo.Float(0.5, 8.0, log=True)}
+MANY = {
+    "linear": [hpo.Float(-0.7 * k, 1.3 * k) for k in range(1, 9)],
+    "log": [hpo.Float(1e-5, 0.3 * k, log=True) for k in range(1, 9)],
+    "int": [hpo.Int(1, 1000 * k, log=True) for k in range(1, 9)],
+    "array": hpo.Array(3, -0.3, 0.7),
+}
+
+
+@pytest.mark.parametrize("tree", [FEW, MANY], ids=["few", "many"])
+def test_a_point_decodes_to_the_same_bits_in_every_program(tree, dtype):
+    space = hpo.Space(tree)
+    n, key = 512, jax.random.key(3)
     unit = space.sample(key, n)
+    decode = jax.jit(space.decode)
 
     def used(unit):
         hparams = space.decode(unit)
         return hparams, sum(jnp.sum(x * 1.7 + 0.3) for x in jax.tree.leaves(hparams))
 
-    expected = jax.jit(space.decode)(unit)
+    def batches(size):
+        parts = [decode(part) for part in unit.reshape(-1, size, space.dims)[:8]]
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+    expected = decode(unit)
     others = {
         "eager": space.decode(unit),
         "rows": jax.jit(jax.vmap(space.decode))(unit),
@@ -191,10 +199,11 @@ def test_a_point_decodes_to_the_same_bits_in_every_program(dtype):
         "sampled": jax.jit(lambda key: space.decode(space.sample(key, n)))(key),
         "used": jax.jit(used)(unit)[0],
         "used in rows": jax.jit(jax.vmap(used))(unit)[0],
-    }
+        "alone": jax.tree.map(lambda *x: np.stack(x), *[decode(row) for row in unit[:8]]),
+    } | {f"in batches of {size}": batches(size) for size in (1, 4, 8)}
     for name, other in others.items():
         for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(other), strict=True):
-            assert np.array_equal(a, b), name
+            assert np.array_equal(np.asarray(a)[: len(b)], b), name
 
 
 def test_sample_is_uniform():
