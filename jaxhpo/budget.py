@@ -11,9 +11,10 @@ from jax.typing import ArrayLike
 from jaxhpo.checks import whole
 from jaxhpo.method import Method, ranked
 from jaxhpo.space import working_dtype
-from jaxhpo.study import Trace
+from jaxhpo.study import Initial, Trace
 
 UNLIMITED = 2**31 - 1
+MOST_ROWS, OPEN_ROWS = 2**20, 1024
 
 
 class Budget(NamedTuple):
@@ -102,12 +103,13 @@ def ends(method: Method, budget: Budget, tally: Tally, seconds: float) -> str | 
     return next((name for name, over in reached.items() if over), None)
 
 
-def capacity(method: Method, budget: Budget) -> int | None:
-    """How many rows will be told at most, if that is known."""
-    bounds = [budget.rounds * method.batch]
+def capacity(method: Method, budget: Budget, initial: Initial | None) -> int | None:
+    """How many rows will be told at most, if that is known and there can be room for it."""
+    asks = budget.rounds
     if not method.slots:
-        bounds.append(math.ceil(budget.trials / method.batch) * method.batch if budget.trials < math.inf else math.inf)
-    return None if min(bounds) == math.inf else int(min(bounds))
+        asks = min(asks, math.ceil(budget.trials / method.batch) if budget.trials < math.inf else math.inf)
+    rows = asks * method.batch + (initial.known_rows(method.batch) if initial else 0)
+    return None if rows > MOST_ROWS else int(rows)
 
 
 def limits(budget: Budget, tally: Tally, rounds: int) -> Limits:
@@ -137,7 +139,7 @@ class Meter(NamedTuple):
         best = jnp.min(jnp.where(active, ranked(trace.losses), jnp.inf))
         trials = jnp.maximum(self.trials, jnp.max(jnp.where(active, trace.trials.id, -1)) + 1)
         # Saturates: a chunk may run more steps than an i32 counts.
-        more = jnp.sum(jnp.where(active, trace.trials.steps, 0))
+        more = jnp.sum(jnp.where(active, trace.trials.steps, 0), dtype=jnp.int32)
         steps = jnp.where(self.steps > UNLIMITED - more, UNLIMITED, self.steps + more)
         improved = jnp.where(best < self.best, trials, self.improved)
         return Meter(self.rounds + 1, trials, steps, jnp.minimum(self.best, best), improved)

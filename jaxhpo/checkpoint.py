@@ -1,9 +1,7 @@
 """A study on disk: what it is, and where it stands."""
 
-import hashlib
 import json
 import os
-import pickle
 import shutil
 import time
 import warnings
@@ -13,45 +11,35 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxhpo.digest import canonical, digest, program
 from jaxhpo.method import Method, bare
+from jaxhpo.space import working_dtype
 
 PyTree = Any
 KEPT = 2
 SHARE = 0.05
 
 
-def _digest(value: Any) -> str:
-    try:
-        content = pickle.dumps(value)
-    except Exception:  # a constant of the space that cannot be pickled
-        content = repr(value).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def describe(
-    method: Method, key: jax.Array, initial: Any, repeats: int, problem: str, room: int | None
-) -> dict[str, str]:
+def describe(method: Method, key: jax.Array, initial: Any, repeats: int, problem: Any) -> dict[str, str]:
     """What makes a study this study: a digest of each part."""
-    settings = jax.tree.map(lambda x: np.asarray(x).tolist(), method.settings)
     state = jax.eval_shape(bare(method.init), key, method.settings)
-    if room is not None:
-        state = jax.eval_shape(lambda s: method.reserve(s, room), state)
+    trials = jax.eval_shape(lambda k, s: method.ask(k, s)[0], key, state)
+    functions = [program(lambda k, s: method.ask(k, s), key, state)]
+    if not method.uses_gradients:
+        losses = jax.ShapeDtypeStruct((method.batch,), working_dtype())
+        functions.append(program(lambda s, t, x: method.tell(s, t, x), state, trials, losses))
     parts = {
         "space": method.space.tree,
-        "settings": repr(settings),
-        "key": np.asarray(jax.random.key_data(key)).tolist(),
-        "initial": jax.tree.map(lambda x: np.asarray(x).tolist(), initial),
-    }
-    plain = {
-        "method": method.name,
+        "settings": jax.tree.map(np.asarray, method.settings),
+        "method": (method.name, method.rounds, method.slots, *functions),
         "batch": method.batch,
-        "slots": method.slots,
-        "rounds": method.rounds,
+        "key": np.asarray(jax.random.key_data(key)),
+        "initial": initial,
         "repeats": repeats,
-        "problem": problem,
+        "problem": type(problem).__name__,
         "shapes": [(x.dtype.name, x.shape) for x in jax.tree.leaves(state)],
     }
-    return {name: str(value) for name, value in plain.items()} | {name: _digest(part) for name, part in parts.items()}
+    return {name: digest(canonical(part)) for name, part in parts.items()}
 
 
 class Directory:
@@ -126,4 +114,5 @@ class Directory:
                     return checkpointer.restore(path)
             except (OSError, ValueError, KeyError) as error:
                 warnings.warn(f"{path} cannot be read ({error}); the checkpoint before is used", stacklevel=2)
+                shutil.rmtree(path, ignore_errors=True)
         return None

@@ -4,8 +4,8 @@ import numbers
 from typing import Any
 
 
-def whole(name: str, value: Any, low: int, remedy: str = "") -> int:
-    """`value` as an int of at least `low`.
+def whole(name: str, value: Any, low: int, remedy: str = "", most: int | None = None) -> int:
+    """`value` as an int of at least `low` and, if it is given, at most `most`.
 
     Raises:
       TypeError, ValueError: it is none.
@@ -13,6 +13,9 @@ def whole(name: str, value: Any, low: int, remedy: str = "") -> int:
     hint = f"; {remedy}" if remedy else ""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}{hint}")
-    if value < low:
+    number = int(value)
+    if number < low:
         raise ValueError(f"{name} must be at least {low}, got {value!r}{hint}")
-    return int(value)
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r}{hint}")
+    return number

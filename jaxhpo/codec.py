@@ -4,9 +4,10 @@ A real parameter is uniform, or log-uniform: z = centre * exp(w * (u - 1/2)) wit
 relative errors at both ends. Levels have equal shares, floor(u * levels), and those of a log integer the shares of
 the reals that round to them: floor(base * expm1(w * u)) counts up from low = base + 1/2.
 
-A point decodes to the same bits in every program. XLA fuses a product and a sum into one rounding in some programs and
-not in others, so no product meets a sum here, nor one of the user's: the last operation is a clip. Its exp differs
-between the body and the tail of a loop, its expm1 does not. What is not within a program is compiled as one.
+A point decodes to the same bits in every program. XLA rounds a product and a sum once where they meet in one kernel, and
+which operations share a kernel depends on shapes and on what is around (a barrier does not hinder it): so a clip stands
+between each product and what follows it. Its exp differs between the body and the tail of a loop, its expm1 does not.
+What is not within a program is compiled as one.
 """
 
 import functools
@@ -295,7 +296,7 @@ class Codec:
         """What the leaves of a group decode to, side by side."""
         if group.kind == "real":
             r = self._at(self._reals, group.columns)
-            mix = jax.lax.optimization_barrier(r.width * unit) + r.low
+            mix = _confine(r.width * unit, 0, r.width) + r.low
             z = jnp.where(r.log, _exp(mix), mix) * r.scale
             return _confine(z, r.floor, r.ceiling)
         level, options = self._level(unit, group.columns), group.options

@@ -14,7 +14,7 @@ from jaxhpo.flax import flax_trainable, select_optimizer
 from jaxhpo.minimize import minimize
 from jaxhpo.modules import MLP
 from jaxhpo.parameters import Categorical, Float, Int, OneOf
-from jaxhpo.result import Result, optional
+from jaxhpo.result import Result, optional, show
 from jaxhpo.space import Space
 
 PyTree = Any
@@ -103,9 +103,13 @@ def demo(seed: int = 0, path: str | Path = "report.html", progress: bool | None 
     result = tune(data, jax.random.key(seed), progress)
     correct = accuracy(result, data.test)
     trials, seconds = len(np.unique(result.trials.id)), time.perf_counter() - begun
+    winner = ", ".join(f"{name} {show(value)}" for name, value in result.best_hparams.items() if name != "optimizer")
+    chosen = result.best_hparams["optimizer"]
+    live = ", ".join(f"{name} {show(value)}" for name, value in chosen[chosen["choice"]].items())
     facts = {
+        "winner": f"{winner}, {chosen['choice']} with {live}",
         "test accuracy": f"{correct:.2%} of {len(data.test[0])} digits that were never looked at",
-        "trials": f"{trials} networks in {seconds:.0f} s, {result.compile_seconds:.0f} s of it compiling, once",
+        "networks": f"{trials} networks in {seconds:.0f} s, of which compiling took {result.compile_seconds:.0f} s",
         "device": f"{jax.devices()[0].device_kind}, jax {jax.__version__}",
     }
     console.print(result.table())

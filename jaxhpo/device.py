@@ -5,9 +5,8 @@ was killed takes the same path, bit for bit, as one that was not.
 """
 
 import functools
-import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxhpo.budget import Budget, Limits, Meter, Tally, begin, capacity, limits, proceed
+from jaxhpo.budget import OPEN_ROWS, Budget, Limits, Meter, Tally, begin, capacity, limits, proceed
+from jaxhpo.digest import canonical
 from jaxhpo.lanes import Bank, Incumbent, over_devices
 from jaxhpo.method import Method, bare
 from jaxhpo.space import working_dtype
@@ -25,7 +25,6 @@ from jaxhpo.trainable import Trainable
 PyTree = Any
 MOST_ROUNDS = 256
 CHUNK_SECONDS = 0.5
-OPEN_CAPACITY = 1024
 
 
 class Program(NamedTuple):
@@ -72,14 +71,11 @@ class Plan:
     def __init__(self, problem: Any, method: Method, lanes: int | None, mesh: Mesh | None, initial: Initial | None):
         self.parts = (problem, method, lanes, mesh, initial)
         self.mesh = mesh
-        content: Any
-        try:
-            content = pickle.dumps((method.space.tree, jax.tree.map(np.asarray, initial)))
-        except Exception:  # a constant of the space that cannot be pickled
-            content = id(method.space), id(initial)
         functions = bare(method.init), method.ask, method.tell, method.reserve
         shapes = method.batch, method.slots, method.uses_gradients, lanes, mesh, working_dtype()
-        self.key = (problem, functions, shapes, content)
+        # Constants end up in the program: equal arrays are the same, functions only if they are the same object.
+        content = canonical((method.space.tree, initial), opaque=lambda value: f"{id(value)}")
+        self.key = (problem if isinstance(problem, Hashable) else id(problem), functions, shapes, content)
 
     def placement(self) -> Carry | None:
         """Where the parts of a carry are: the bank over the devices of the mesh, the rest on each."""
@@ -95,12 +91,12 @@ class Plan:
         return isinstance(other, Plan) and self.key == other.key
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def engine_of(plan: Plan) -> Engine:
     return make_engine(*plan.parts)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _start(plan: Plan, room: int | None) -> Callable:
     engine = engine_of(plan)
     return jax.jit(lambda key, settings: engine.start(key, settings, room), out_shardings=plan.placement())
@@ -122,10 +118,11 @@ def lower(plan: Plan, most: int, carry: Carry, key: jax.Array) -> tuple[jax.stag
         everywhere = over_devices(plan.mesh, rows=False)
         inputs = everywhere, plan.placement(), *[everywhere] * len(example)
         options |= {"in_shardings": inputs, "out_shardings": (plan.placement(), everywhere, everywhere)}
-    return jax.jit(chunk, **options).lower(data, carry, *example), data
+        data = jax.device_put(data, everywhere)
+    return jax.jit(chunk, **options).lower(data, carry, *example), jax.device_put(data)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _program(plan: Plan, most: int, shapes: tuple, treedef: Any) -> Program:
     begun = time.perf_counter()
     lowered, data = lower(plan, most, *jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*shape) for shape in shapes]))
@@ -148,10 +145,13 @@ class Device:
     ):
         self.plan = Plan(problem, method, lanes, mesh, initial)
         self.method, self.key, self.budget = method, key, budget
-        known = capacity(method, budget)
-        self.open = known is None
-        self.room = OPEN_CAPACITY if known is None else known
-        self.most = int(min(budget.rounds, MOST_ROUNDS if known is None else known // method.batch, MOST_ROUNDS))
+        rows = capacity(method, budget, initial)
+        self.open = rows is None
+        self.known = initial.known_rows(method.batch) if initial else 0
+        self.room = OPEN_ROWS if rows is None else rows
+        asks = MOST_ROUNDS if rows is None else rows // method.batch
+        # Powers of 2, so that studies of about the same length share a program.
+        self.most = min(1 << max(asks - 1, 0).bit_length(), MOST_ROUNDS)
         self.pace = 1.0
         self.compile_seconds = 0.0
         self.carry = _start(self.plan, self.room)(key, method.settings)
@@ -165,7 +165,7 @@ class Device:
 
     def advance(self, tally: Tally, seconds_left: float) -> tuple[Trace, Tally]:
         """Runs some rounds: the trace of them, arrays of NumPy with leading axis rounds, and the tally after them."""
-        while self.open and (tally.rounds + self.most) * self.method.batch > self.room:
+        while self.open and (tally.rounds + self.most) * self.method.batch + self.known > self.room:
             self.room *= 2
             self.carry = self.carry._replace(state=self.method.reserve(self.carry.state, self.room))
         program = self._compiled()
@@ -193,7 +193,7 @@ class Device:
         carry: Carry = jax.tree.unflatten(jax.tree.structure(self.carry), leaves)
         spare = len(self.carry.bank.reached) - len(carry.bank.reached)
         bank = jax.tree.map(lambda x: np.pad(x, ((0, spare), *((0, 0),) * (x.ndim - 1))), carry.bank)
-        carry = carry._replace(bank=bank)
+        carry = carry._replace(state=self.method.reserve(carry.state, self.room), bank=bank)
         self.carry = jax.jit(lambda c: c, out_shardings=self.plan.placement())(carry)
 
     def best_state(self) -> PyTree:

@@ -11,6 +11,7 @@ import os
 import pickle
 import threading
 import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo.budget import Budget, Tally, begin, capacity, proceed
+from jaxhpo.budget import OPEN_ROWS, Budget, Tally, begin, capacity, proceed
 from jaxhpo.checks import whole
 from jaxhpo.method import Method, Trials, ask_key, bare
 from jaxhpo.study import Initial, Trace, begin_with, tell_known
@@ -85,7 +86,7 @@ def _outcome(future: futures.Future) -> Outcome | None:
         return Outcome(float(future.result()))
     except (BrokenProcessPool, futures.CancelledError):
         return None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Outcome(math.nan, f"{type(error).__name__}: {error}")
 
 
@@ -132,7 +133,9 @@ class _Workers:
                 "`if __name__ == '__main__':`, since each worker imports the script, or say external(fn, pool='thread')"
             )
         with futures.ProcessPoolExecutor(1, mp_context=spawn) as alone:
-            return _outcome(alone.submit(self.problem.fn, hparams)) or Outcome(math.nan, "the worker process died")
+            return _outcome(alone.submit(self.problem.fn, hparams)) or Outcome(
+                math.nan, "the worker process died, or what it raised cannot be unpickled"
+            )
 
     def close(self) -> None:
         if self.pool is not None:
@@ -142,27 +145,29 @@ class _Workers:
 
 
 class Journal:
-    """Outcomes on disk, one line each, written before they are told."""
+    """Outcomes on disk, one line each, written before they are told; found again by trial and point."""
 
     def __init__(self, path: Path | None):
         self.path, self.lock = path, threading.Lock()
-        self.outcomes: dict[int, Outcome] = {}
+        self.outcomes: dict[tuple[int, int], Outcome] = {}
         if path is not None and path.exists():
             text = path.read_text()
             for line in text.splitlines():
                 # The last line may have been cut off by a kill.
                 with contextlib.suppress(ValueError, TypeError, KeyError):
                     entry = json.loads(line)
-                    self.outcomes[int(entry["id"])] = Outcome(float(entry["loss"]), entry["error"])
+                    trial = int(entry["id"]), int(entry["point"])
+                    self.outcomes[trial] = Outcome(float(entry["loss"]), entry["error"])
             if text and not text.endswith("\n"):
                 self._write("\n")
 
-    def add(self, id: int, outcome: Outcome) -> None:
+    def add(self, trial: tuple[int, int], outcome: Outcome) -> None:
         """Writes down what came of a trial; any thread may call it."""
         with self.lock:
-            if id not in self.outcomes:
-                self.outcomes[id] = outcome
-                self._write(json.dumps({"id": id, "loss": outcome.loss, "error": outcome.error}) + "\n")
+            if trial not in self.outcomes:
+                self.outcomes[trial] = outcome
+                entry = {"id": trial[0], "point": trial[1], "loss": outcome.loss, "error": outcome.error}
+                self._write(json.dumps(entry) + "\n")
 
     def _write(self, text: str) -> None:
         if self.path is None:
@@ -174,6 +179,11 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             warnings.warn(f"{self.path} could not be written ({error}); the study goes on", stacklevel=2)
+
+
+def _trials(host: Trials) -> list[tuple[int, int]]:
+    """What tells the rows of an ask from any other: id and checksum of the point."""
+    return [(id, zlib.crc32(unit.tobytes())) for id, unit in zip(host.id.tolist(), host.unit, strict=True)]
 
 
 class Host:
@@ -203,11 +213,12 @@ class Host:
         self.errors: dict[int, str] = {}
         self.compile_seconds = 0.0
         self.ask, self.tell = jax.jit(method.ask), jax.jit(method.tell)
-        self.asked: list[tuple[Trials, dict[int, futures.Future]]] = []
+        self.asked: list[tuple[Trials, dict[futures.Future, int]]] = []
         self.state = bare(method.init)(ask_key(key), method.settings)
-        room = capacity(method, budget)
-        if room is not None:
-            self.state = method.reserve(self.state, room)
+        rows = capacity(method, budget, initial)
+        self.known = initial.known_rows(method.batch) if initial else 0
+        self.open, self.room = rows is None, OPEN_ROWS if rows is None else rows
+        self.state = method.reserve(self.state, self.room)
         if initial is not None and len(initial.known_losses):
             self.state = tell_known(method, initial, key, self.state)
         self.rounds = 0
@@ -227,29 +238,28 @@ class Host:
             trials = begin_with(self.initial, trials)
         self.rounds += 1
         host = jax.device_get(trials)
-        running: dict[int, futures.Future] = {}
-        for i in np.flatnonzero(host.active & ~np.isin(host.id, list(self.journal.outcomes))):
-            id = int(host.id[i])
-            running[id] = self.workers.submit(self.method.space.native(host.hparams, int(i)))
-            running[id].add_done_callback(functools.partial(self._write_down, id))
+        running: dict[futures.Future, int] = {}
+        for i, trial in enumerate(_trials(host)):
+            if host.active[i] and trial not in self.journal.outcomes:
+                future = self.workers.submit(self.method.space.native(host.hparams, i))
+                future.add_done_callback(functools.partial(self._write_down, trial))
+                running[future] = i
         self.asked.append((trials, running))
 
-    def _write_down(self, id: int, future: futures.Future) -> None:
+    def _write_down(self, trial: tuple[int, int], future: futures.Future) -> None:
         with contextlib.suppress(BaseException):  # `_collect` sees it again, where it can be raised
             outcome = _outcome(future)
             if outcome is not None:
-                self.journal.add(id, outcome)
+                self.journal.add(trial, outcome)
 
-    def _collect(self, host: Trials, running: dict[int, futures.Future], seconds_left: float) -> None:
-        row = {int(id): i for i, id in enumerate(host.id)}
-        waiting = {future: id for id, future in running.items()}
+    def _collect(self, host: Trials, running: dict[futures.Future, int], seconds_left: float) -> None:
         with contextlib.suppress(futures.TimeoutError):
-            for future in futures.as_completed(waiting, None if seconds_left == math.inf else max(seconds_left, 0)):
-                id = waiting[future]
+            for future in futures.as_completed(running, None if seconds_left == math.inf else max(seconds_left, 0)):
+                row = running[future]
                 outcome = _outcome(future)
                 if outcome is None:
-                    outcome = self.workers.again_alone(self.method.space.native(host.hparams, row[id]))
-                self.journal.add(id, outcome)
+                    outcome = self.workers.again_alone(self.method.space.native(host.hparams, row))
+                self.journal.add(_trials(host)[row], outcome)
 
     def advance(self, tally: Tally, seconds_left: float) -> tuple[Trace, Tally]:
         """Tells one more round, or of a round that time has run out on, what is known."""
@@ -259,13 +269,16 @@ class Host:
         trials, running = self.asked.pop(0)
         host = jax.device_get(trials)
         self._collect(host, running, seconds_left)
-        outcomes = self.journal.outcomes
-        known = host.active & np.isin(host.id, list(outcomes))
-        self.errors |= {int(id): str(outcomes[id].error) for id in host.id[known] if outcomes[id].error}
-        losses = np.array([outcomes[id].loss if k else math.nan for id, k in zip(host.id.tolist(), known, strict=True)])
-        losses = losses.astype(host.unit.dtype)
+        found = [self.journal.outcomes.get(trial) for trial in _trials(host)]
+        known = host.active & [outcome is not None for outcome in found]
+        told_of = [outcome if k else None for outcome, k in zip(found, known, strict=True)]
+        self.errors |= {id: o.error for id, o in zip(host.id.tolist(), told_of, strict=True) if o and o.error}
+        losses = np.array([o.loss if o else math.nan for o in told_of]).astype(host.unit.dtype)
         order = np.argsort(~known, kind="stable")
         told = jax.tree.map(lambda x: x[order], trials._replace(active=jnp.asarray(known)))
+        while self.open and (tally.rounds + 1) * self.method.batch + self.known > self.room:
+            self.room *= 2
+            self.state = self.method.reserve(self.state, self.room)
         self.state = self.tell(self.state, told, jnp.asarray(losses[order]))
         trace = Trace(jax.device_get(told)._replace(aux=()), np.zeros(len(losses), np.int32), losses[order])
         meter = jax.device_get(begin(tally).after(trace))

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxhpo.method import Method, Trials, ranked
@@ -275,8 +274,3 @@ def _training(
         return jax.lax.cond((rows.steps > 0).any(), train, idle, carry)
 
     return init, chunk, raw.restore
-
-
-def memory(shape: PyTree) -> int:
-    """Bytes of a pytree of arrays or their shapes."""
-    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shape))

@@ -10,16 +10,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxhpo.budget import Budget, Tally, capacity, ends, read_budget
+from jaxhpo.budget import Budget, Tally, ends, read_budget
 from jaxhpo.checkpoint import Directory, describe
 from jaxhpo.checks import whole
 from jaxhpo.device import Device
 from jaxhpo.external import External, Host
 from jaxhpo.method import Method
-from jaxhpo.problem import check
+from jaxhpo.problem import check, check_call
 from jaxhpo.progress import Bar, Report, share
 from jaxhpo.result import Records, Result
-from jaxhpo.space import Space
+from jaxhpo.space import Space, working_dtype
 from jaxhpo.study import Initial, Trace, read_initial
 from jaxhpo.trainable import Trainable, repeated
 
@@ -72,7 +72,8 @@ def minimize(
       mesh: devices over which the lanes are spread.
       directory: where to keep checkpoints. A study that is there already is resumed; the data and the code of the
         problem are not compared.
-      initial: points to try first, of native Python values, or `(point, loss)` pairs of known results.
+      initial: points of native Python values, which take the place of the method's first ones, or `(point, loss)`
+        pairs of known results, which it is told. One list may have both.
       target: a loss to stop at.
       time_limit: seconds after which to stop, seen between two chunks of rounds.
       patience: trials without a lower loss after which to stop.
@@ -95,24 +96,21 @@ def minimize(
       (0, 256)
     """
     started = time.perf_counter()
+    key, repeats = _typed(key), whole("repeats", repeats, 1)
     if isinstance(problem, External):
-        if not isinstance(method, Method):
-            raise TypeError(f"method must be a jaxhpo Method, got {method!r}; build one, such as hpo.random(space)")
-        if whole("repeats", repeats, 1) > 1:
+        check_call(method, lanes, mesh)
+        if repeats > 1:
             raise ValueError(f"repeats={repeats} is for JAX problems; average inside the external function")
     else:
-        repeats = whole("repeats", repeats, 1)
         if isinstance(problem, Trainable) or callable(problem):
-            problem = repeated(problem, repeats)
-        check(problem, method, lanes=lanes)
-    key = _typed(key)
+            problem = repeated(problem, repeats) if repeats > 1 else problem
+        check(problem, method, lanes=lanes, mesh=mesh)
     callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
     budget = read_budget(method, trials, steps, rounds, target, patience, time_limit)
-    given = read_initial(method.space, initial)
+    given = read_initial(method, initial)
     store = None
     if directory is not None:
-        kind = type(problem).__name__ if isinstance(problem, External | Trainable) else "objective"
-        store = Directory(directory, describe(method, key, given, repeats, kind, capacity(method, budget)))
+        store = Directory(directory, describe(method, key, given, repeats, problem))
     driver: Device | Host
     if isinstance(problem, External):
         driver = Host(problem, method, key, budget, initial=given, journal=store.journal if store else None)
@@ -125,6 +123,8 @@ def minimize(
 
 
 def _typed(key: jax.Array) -> jax.Array:
+    if isinstance(key, jax.core.Tracer):
+        raise TypeError("minimize runs on the host, not under a transformation; inside jit or vmap use hpo.study")
     if isinstance(key, jax.Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
     raise TypeError(f"key must be one PRNG key, got {key!r}; say jax.random.key(0)")
@@ -228,6 +228,8 @@ class _Shell:
         )
         if not len(best):
             why = next(iter(result.errors.values()), "every loss was NaN or infinite")
+            if not self.tally.trials:
+                raise AllTrialsFailed(f"no trial ended before time_limit={self.budget.time_limit}; raise it", result)
             raise AllTrialsFailed(
                 f"all {self.tally.trials} trials of '{self.method.name}' failed ({why}); try one of them by hand, they "
                 "are in this error's .result",
@@ -250,7 +252,9 @@ def _blank(space: Space) -> Records:
     trials = jax.eval_shape(lambda: space.decode(jax.numpy.zeros((0, space.dims))))
     empty = np.zeros(0, np.int32)
     hparams = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), trials)
-    return Records(empty, empty, np.zeros((0, space.dims), np.float32), hparams, empty, np.zeros(0, np.float32))
+    return Records(
+        empty, empty, np.zeros((0, space.dims), working_dtype()), hparams, empty, np.zeros(0, working_dtype())
+    )
 
 
 def _known(initial: Initial) -> Records:

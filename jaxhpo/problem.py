@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxhpo.checks import whole
 from jaxhpo.method import Method
@@ -20,8 +21,23 @@ _NOT_TRACEABLE = (
 )
 
 
+def check_call(method: Method, lanes: int | None, mesh: Mesh | None) -> None:
+    """Sees that what a study is given beside its problem is what it should be."""
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a jaxhpo Method, got {method!r}; build one, such as hpo.random(space)")
+    if lanes is not None:
+        whole("lanes", lanes, 1, "leave it out for the method's batch")
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}; say jax.make_mesh((8,), ('lanes',))")
+
+
 def check(
-    problem: Callable | Trainable, method: Method, *, lanes: int | None = None, rounds: int | None = None
+    problem: Callable | Trainable,
+    method: Method,
+    *,
+    lanes: int | None = None,
+    mesh: Mesh | None = None,
+    rounds: int | None = None,
 ) -> int | None:
     """Sees that a problem suits a method, by abstract evaluation.
 
@@ -31,10 +47,7 @@ def check(
     Raises:
       TypeError, ValueError: it does not; the message says what to do instead.
     """
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a jaxhpo Method, got {method!r}; build one, such as hpo.random(space)")
-    if lanes is not None:
-        whole("lanes", lanes, 1, "leave it out for the method's batch")
+    check_call(method, lanes, mesh)
     if rounds is not None:
         whole("rounds", rounds, 1)
     if isinstance(problem, Trainable):
@@ -77,7 +90,7 @@ def _check_loss(what: str, loss: Any) -> None:
         not jax.tree_util.all_leaves([loss])
         or len(leaves) != 1
         or leaves[0].shape != ()
-        or not jnp.issubdtype(leaves[0].dtype, jnp.number)
+        or jnp.issubdtype(leaves[0].dtype, jnp.complexfloating)
     ):
         shapes = [f"{x.dtype.name}{list(x.shape)}" for x in leaves]
         got = ", ".join(shapes) if jax.tree_util.all_leaves([loss]) else str(jax.tree.structure(loss))

@@ -67,12 +67,12 @@ class Records(NamedTuple):
     def best(self, n: int | None = None) -> np.ndarray:
         """The row with the lowest loss of each trial that has a finite one, best trial first; the `n` best of them.
 
-        Ties go to the lower id, then to the earlier row.
+        Ties go to the earlier row, as in the choice of the best training state.
 
         Returns:
           i64[m], rows.
         """
-        order = np.lexsort((self.id, np.where(self.failed, np.inf, self.loss)))
+        order = np.argsort(np.where(self.failed, np.inf, self.loss), kind="stable")
         order = order[: np.count_nonzero(~self.failed)]
         _, first = np.unique(self.id[order], return_index=True)
         return order[np.sort(first)][:n]

@@ -1,5 +1,6 @@
 """A study as a pure function of a PRNG key."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jaxhpo.lanes import Bank, Incumbent, Lanes, Told, make_lanes
 from jaxhpo.method import Method, Trials, ask_key, bare, trial_keys
 from jaxhpo.problem import check
 from jaxhpo.space import Space
-from jaxhpo.trainable import Trainable
+from jaxhpo.trainable import Trainable, unjitted
 
 PyTree = Any
 KNOWN_ROUND = 2**31 - 2
@@ -53,6 +54,10 @@ class Initial(NamedTuple):
     known_losses: np.ndarray
     """float[m]"""
 
+    def known_rows(self, batch: int) -> int:
+        """Rows that are told of them: whole batches."""
+        return math.ceil(len(self.known_losses) / batch) * batch
+
 
 class Engine(NamedTuple):
     """A problem and a method, put together."""
@@ -65,29 +70,41 @@ class Engine(NamedTuple):
     """(state) -> the training state as the user's functions know it"""
 
 
-def read_initial(space: Space, initial: Sequence | None) -> Initial | None:
+def read_initial(method: Method, initial: Sequence | None) -> Initial | None:
     """`initial` as arrays.
 
     Args:
-      space: what the points are from.
+      method: whose space the points are from.
       initial: points of native Python values, or `(point, loss)` pairs where the loss is known.
 
     Raises:
-      ValueError: a point is not in the space.
+      ValueError: a point is not in the space, or would take the place of one that the method must not miss.
     """
     if not initial:
         return None
+    space = method.space
     if not isinstance(initial, list | tuple):
         raise TypeError(
             f"initial must be a list of points or of (point, loss) pairs, got {initial!r}; put it in a list"
         )
     untried, known, losses = [], [], []
     for item in initial:
-        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float | np.number):
-            known.append(space.read(item[0]))
-            losses.append(float(item[1]))
-        else:
+        loss = _known_loss(space, item)
+        if loss is None:
             untried.append(space.read(item))
+        elif loss == -math.inf:
+            raise ValueError(
+                f"initial has the loss -inf at {item[0]!r}; a loss must be finite, or NaN for a failed trial"
+            )
+        else:
+            known.append(space.read(item[0]))
+            losses.append(loss)
+
+    if untried and method.rounds is not None and not method.slots:
+        raise ValueError(
+            f"initial has {len(untried)} points to try first, but '{method.name}' visits each of its own once; run "
+            "them apart, or choose another method"
+        )
 
     def stacked(points: list) -> tuple[np.ndarray, PyTree]:
         if not points:
@@ -97,6 +114,21 @@ def read_initial(space: Space, initial: Sequence | None) -> Initial | None:
         return np.asarray(space.encode(hparams)), hparams
 
     return Initial(*stacked(untried), *stacked(known), np.array(losses))
+
+
+def _known_loss(space: Space, item: Any) -> float | None:
+    """The loss of a `(point, loss)` pair, `None` for a point: in a space that is a pair, a point comes first."""
+    if not (isinstance(item, tuple) and len(item) == 2 and np.ndim(item[1]) == 0):
+        return None
+    try:
+        space.read(item)
+        return None
+    except ValueError:
+        pass
+    try:
+        return float(item[1])
+    except (TypeError, ValueError):
+        return None
 
 
 def begin_with(initial: Initial, trials: Trials) -> Trials:
@@ -143,7 +175,7 @@ def make_engine(
     initial: Initial | None = None,
 ) -> Engine:
     """The two functions of which every driver is made. Arguments as in `study`, checked already."""
-    runner: Lanes = make_lanes(problem, method, lanes, mesh)
+    runner: Lanes = make_lanes(unjitted(problem), method, lanes, mesh)
 
     def start(key: jax.Array, settings: PyTree, capacity: int | None) -> Carry:
         state = bare(method.init)(ask_key(key), settings)
@@ -200,14 +232,16 @@ def study(
       >>> traces.losses.shape
       (16, 8, 4)
     """
-    rounds = check(problem, method, lanes=lanes, rounds=rounds)
+    rounds = check(problem, method, lanes=lanes, mesh=mesh, rounds=rounds)
     if rounds is None:
         raise ValueError(f"rounds must be given, since '{method.name}' does not end by itself; say rounds=64")
-    engine = make_engine(problem, method, lanes, mesh, read_initial(method.space, initial))
+    given = read_initial(method, initial)
+    engine = make_engine(problem, method, lanes, mesh, given)
+    room = rounds * method.batch + (given.known_rows(method.batch) if given else 0)
 
     def run(key: jax.Array, settings: PyTree = None) -> tuple[PyTree, Trace]:
         settings = method.settings if settings is None else settings
-        carry = engine.start(key, settings, rounds * method.batch)
+        carry = engine.start(key, settings, room)
         carry, trace = jax.lax.scan(lambda c, r: engine.round(key, r, c), carry, jnp.arange(rounds))
         return carry.state, trace._replace(best_state=engine.restore(carry.incumbent.state))
 

@@ -37,11 +37,17 @@ class Trainable(NamedTuple):
     """(params, hparams) -> loss over the full training data, for implicit differentiation"""
 
 
-@functools.lru_cache(maxsize=64)
+def unjitted(problem: Any) -> Any:
+    """A problem without a `jit` around its functions, inside which the arrays that they close over are hidden."""
+    if isinstance(problem, Trainable):
+        return Trainable._make(fn and unjitted(fn) for fn in problem)
+    is_jitted = isinstance(problem, type(jax.jit(unjitted)))
+    return problem.__wrapped__ if is_jitted else problem
+
+
+@functools.lru_cache(maxsize=16)
 def repeated(problem: Callable | Trainable, repeats: int) -> Callable | Trainable:
     """The same problem with every trial run `repeats` times, on keys split from its own; its loss is their mean."""
-    if repeats == 1:
-        return problem
     if not isinstance(problem, Trainable):
 
         def objective(key: jax.Array, hparams: PyTree) -> jax.Array:

@@ -1,8 +1,11 @@
 import json
 import math
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -101,7 +104,10 @@ def test_a_dead_worker_fails_its_own_trial_only():
     result = hpo.minimize(hpo.external(crash, workers=2), hpo.random(SPACE, batch=3), key=KEY, trials=6)
     kinds = result.trials.hparams["kind"]
     assert np.isnan(result.trials.loss).tolist() == (kinds == 1).tolist()
-    assert set(result.errors.values()) == {"the worker process died"} and 0 < len(result.errors) < 6
+    assert (
+        set(result.errors.values()) == {"the worker process died, or what it raised cannot be unpickled"}
+        and 0 < len(result.errors) < 6
+    )
 
 
 def test_what_was_told_survives_a_kill(tmp_path):
@@ -126,6 +132,35 @@ def test_what_was_told_survives_a_kill(tmp_path):
     assert np.array_equal(resumed.trials.loss, straight.trials.loss)
     again = hpo.minimize(hpo.external(counted, pool="thread"), method, key=KEY, trials=20, directory=tmp_path)
     assert len(calls) == 21 and again.best_hparams == straight.best_hparams
+
+
+def test_a_journal_is_for_the_points_that_were_asked(tmp_path):
+    method = remembering(1)
+    run = lambda workers, directory=None: hpo.minimize(  # noqa: E731
+        hpo.external(loss, workers=workers, pool="thread"), method, key=KEY, trials=12, directory=directory
+    )
+    run(1, tmp_path)
+    assert np.array_equal(run(3, tmp_path).trials.loss, run(3).trials.loss)
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import jax, jaxhpo as hpo\n"
+        "hpo.minimize(hpo.external(abs, workers=1), hpo.random(hpo.Float(0, 1)), key=jax.random.key(0), trials=4)\n"
+    )
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, script], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True
+    )
+    assert run.returncode == 1 and b"if __name__ == '__main__':" in run.stderr.splitlines()[-1]
+
+
+def test_open_ended_studies_have_room(tmp_path):
+    room = []
+    method = hpo.random(SPACE, batch=80)._replace(reserve=lambda state, rows: room.append(rows) or state)
+    result = hpo.minimize(hpo.external(loss, pool="thread"), method, key=KEY, target=-1.0, patience=1500)
+    assert room == [1024 * 2**i for i in range(len(room))] and room[-1] >= len(result.trials.id) > room[-2]
 
 
 def test_target_and_time_limit():

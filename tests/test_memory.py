@@ -52,3 +52,11 @@ def test_the_program_does_not_grow_with_the_data():
     method = hpo.hyperband(SPACE, max_steps=9, batch=4)
     small, large = (compiled(big(jnp.ones((n, 8))), method, None, 2)[0].as_text() for n in (10, 100_000))
     assert abs(len(large) - len(small)) < 200
+
+
+def test_data_inside_a_jitted_function_is_an_argument_too():
+    data = jnp.ones((1000, 8))
+    objective = jax.jit(lambda key, h: (data * h["x"]).sum())
+    plan, key = Plan(objective, hpo.random(SPACE, batch=4), None, None, None), jax.random.key(0)
+    carry = jax.eval_shape(lambda k: engine_of(plan).start(k, (), 8), key)
+    assert [x.shape for x in lower(plan, 2, carry, key)[1] if x.size > 100] == [(1000, 8)]

@@ -96,6 +96,44 @@ def test_best_state_is_the_one_with_the_lowest_loss():
     assert float(counter.evaluate(result.best_state, None)) == result.best_loss == result.trials.loss.min()
 
 
+def test_of_equal_losses_state_and_hparams_are_of_the_first_told():
+    counter = Counter()
+    for seed in range(4):
+        ties = counter.trainable._replace(evaluate=lambda state, h: jnp.where(state["value"] > 0.5, 0.0, 1.0))
+        result = hpo.minimize(ties, hpo.hyperband(X, max_steps=9, batch=5), key=jax.random.key(seed))
+        assert float(result.best_state["value"]) == abs(np.float32(result.best_hparams["x"]))
+
+
+def test_double_precision():
+    with jax.enable_x64(True):
+        for method in (METHOD, hpo.quasirandom(X, batch=4), hpo.grid(X, points=6, batch=4)):
+            result = hpo.minimize(lambda key, h: (h["x"] - 0.1) ** 2, method, key=jax.random.key(5), trials=12)
+            assert result.trials.loss.dtype == np.float64 == result.trials.unit.dtype
+            assert np.allclose(result.trials.loss, (result.trials.hparams["x"] - 0.1) ** 2, rtol=1e-14)
+        trained = hpo.minimize(
+            Counter().trainable, hpo.hyperband(X, max_steps=9, batch=5), key=jax.random.key(5), steps=40
+        )
+        assert trained.trials.loss.dtype == np.float64
+
+
+def test_constants_are_not_mixed_up():
+    def scaled(h):
+        return h["f"](h["x"]) * h["c"].sum()
+
+    def run(f, c):
+        space = {"x": hpo.Float(0.0, 1.0), "f": f, "c": c}
+        return hpo.minimize(objective, hpo.random(space, batch=4), key=KEY, trials=4).trials
+
+    objective = lambda key, h: scaled(h)  # noqa: E731
+    one = run(jnp.sin, np.ones(1000))
+    other = run(jnp.sin, np.where(np.arange(1000) == 500, 2.0, 1.0))
+    assert np.allclose(other.loss / one.loss, 1.001) and np.allclose(
+        run(jnp.cos, np.ones(1000)).loss ** 2 + one.loss**2, 1e6
+    )
+    twins = [run(eval("lambda x: x + " + n), np.ones(1)) for n in "12"]
+    assert np.allclose(twins[1].loss - twins[0].loss, 1.0)
+
+
 def test_initial_points_come_first_and_known_results_count():
     points = [{"x": 0.25}, {"x": -0.5}]
     result = hpo.minimize(square, METHOD, key=KEY, trials=8, initial=[*points, ({"x": 0.125}, 0.015625)])
@@ -109,9 +147,21 @@ def test_initial_points_come_first_and_known_results_count():
         hpo.minimize(square, METHOD, key=KEY, trials=8, initial=[{"x": 3}])
     counter = Counter()
     race = hpo.hyperband({"x": hpo.Float(0.0, 1.0)}, max_steps=9, batch=3)
-    with_known = hpo.minimize(counter.trainable, race, key=KEY, initial=[({"x": 0.5}, 9.0)] * 4)
+    with_known = hpo.minimize(counter.trainable, race, key=KEY, initial=[({"x": 0.5}, -9.0)] * 4)
     without = hpo.minimize(counter.trainable, race, key=KEY)
     assert with_known.trials.loss[4:].tolist() == without.trials.loss.tolist()
+    assert with_known.best_state is None and without.best_state is not None
+    pair = (hpo.Float(0.0, 1.0), hpo.Float(0.0, 1.0))
+    tried = hpo.minimize(
+        lambda k, h: h[0] + h[1], hpo.random(pair), key=KEY, trials=2, initial=[(0.5, 0.25), ((0.5, 0.5), 1)]
+    )
+    assert tried.trials.id[:2].tolist() == [-1, 0] and tried.trials.loss[:2].tolist() == [1.0, 0.75]
+    with pytest.raises(ValueError, match="initial has the loss -inf at"):
+        hpo.minimize(square, METHOD, key=KEY, trials=8, initial=[({"x": 0.0}, -math.inf)])
+    with pytest.raises(TypeError, match="initial must be a list of points"):
+        hpo.minimize(square, METHOD, key=KEY, trials=8, initial={"x": 0.0})
+    with pytest.raises(ValueError, match="initial has 1 points to try first, but 'grid' visits each of its own once"):
+        hpo.minimize(square, hpo.grid(X), key=KEY, initial=[{"x": 0.0}])
 
 
 def test_known_results_are_told_to_the_method():
@@ -171,6 +221,10 @@ def test_minus_infinity_is_refused():
         ),
         (square, X, {"trials": 8}, TypeError, "method must be a jaxhpo Method"),
         (3, METHOD, {"trials": 8}, TypeError, "problem must be an objective"),
+        (lambda key, h: (h["x"], {}), METHOD, {"trials": 8}, TypeError, "must return a scalar loss, got PyTreeDef"),
+        (lambda key, h: h["x"] * 1j, METHOD, {"trials": 8}, TypeError, r"scalar loss, got complex64\[\]"),
+        (square, METHOD, {"trials": 8, "mesh": 8}, TypeError, "mesh must be a jax.sharding.Mesh, got 8"),
+        (hpo.external(time.sleep), METHOD, {"trials": 8, "lanes": 0}, ValueError, "lanes must be at least 1, got 0"),
         (lambda key, h: jnp.stack([h["x"]] * 2), METHOD, {"trials": 8}, TypeError, r"scalar loss, got float32\[2\]"),
         (lambda key, h: math.sin(h["x"]), METHOD, {"trials": 8}, TypeError, r"cannot be traced.*hpo\.external\(fn\)"),
         (lambda key, h: 1.0 if h["x"] > 0 else 0.0, METHOD, {"trials": 8}, TypeError, r"hpo\.external\(fn\)"),

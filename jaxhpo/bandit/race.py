@@ -17,6 +17,7 @@ from jaxhpo.method import Count, Initializer, Method, Trials, bare, count, faile
 from jaxhpo.space import Space
 
 PyTree = Any
+MOST_TRIALS = 10**6
 
 
 class Place(NamedTuple):
@@ -215,12 +216,14 @@ def _functions(
         row: Row = trials.aux
         owner = state.kept.place.trial[jnp.minimum(row.slot, slots - 1)]
         vacant = state.kept.place.bracket[jnp.minimum(row.slot, slots - 1)] < 0
-        known = trials.active & (vacant | (owner == row.place.trial))
+        # A row without steps is a result that was known beforehand: only the sampler learns from it.
+        trained = trials.steps > 0
+        known = trials.active & trained & (vacant | (owner == row.place.trial))
         told = Kept(
             row.place, trials.unit, ranked(losses).astype(trials.unit.dtype), row.ends | failed(losses), row.aux
         )
         records = _put(state.kept, jnp.where(known, row.slot, slots), told)
-        learns = trials.active & (row.ends | failed(losses)) & (row.place.rung == 0)
+        learns = trials.active & (~trained | ((row.ends | failed(losses)) & (row.place.rung == 0)))
         seen = trials._replace(aux=row.aux, active=learns, steps=row.reached)
         return State(state.round, records, sampler_tell(state.sampler, seen, losses))
 
@@ -241,6 +244,11 @@ def race(
 ) -> Method:
     """A `Method` in which the trials of `brackets` race; `sampler(space, batch=batch)` chooses the configurations."""
     space = Space.of(space)
+    trials = sum(ladder[0].members for ladder in brackets)
+    if trials > MOST_TRIALS:
+        raise ValueError(
+            f"'{name}' would start {trials:,} trials, more than {MOST_TRIALS:,}; raise min_steps, or lower max_steps"
+        )
     inner = sampler(space, batch=batch)
     if inner.slots or inner.rounds is not None or inner.batch != batch:
         raise ValueError(

@@ -213,14 +213,13 @@ def _draw(brackets: Sequence[Bracket], batch: int, in_flight: int, bonus: np.nda
 
 
 @functools.lru_cache(maxsize=256)
-def schedule(brackets: tuple[Bracket, ...], batch: int, in_flight: int, tries: int = 48) -> Schedule:
+def schedule(brackets: tuple[Bracket, ...], batch: int, in_flight: int) -> Schedule:
     """The timetable of a race between brackets.
 
     Args:
       brackets: in the order in which they come into flight.
       batch: lanes.
       in_flight: brackets that run at the same time, at most.
-      tries: priorities that are tried; the table with the fewest steps in all wins.
 
     Returns:
       A schedule that keeps at most `batch` training states and, for the `in_flight` brackets with the most trials,
@@ -232,7 +231,8 @@ def schedule(brackets: tuple[Bracket, ...], batch: int, in_flight: int, tries: i
     work = sum(rung.members * stretch(b, i) for b in brackets for i, rung in enumerate(b))
     ideal = max(horizon, work / batch)
     best = _draw(brackets, batch, in_flight, np.zeros(len(brackets)), hold=True)
-    for i in range(tries if len(brackets) > 1 else 0):
+    tries = min(48, 250_000 // (best.rounds * len(brackets))) if len(brackets) > 1 else 0
+    for i in range(tries):
         if best.steps <= 1.01 * ideal:
             break
         bonus = horizon * rng.choice([0.0, 0.0, 0.02, 0.05, 0.1, -0.02, -0.05], len(brackets))

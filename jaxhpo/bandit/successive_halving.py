@@ -47,7 +47,7 @@ def successive_halving(
       >>> hpo.successive_halving({"lr": hpo.Float(1e-4, 1, log=True)}, trials=27, max_steps=27, batch=9).rounds
       6
     """
-    trials, max_steps = whole("trials", trials, 1), whole("max_steps", max_steps, 1)
+    trials, max_steps = whole("trials", trials, 1), whole("max_steps", max_steps, 1, most=2**31 - 1)
     eta, batch = whole("eta", eta, 2), whole("batch", batch, 1)
     if min_steps is None:
         rungs = 0

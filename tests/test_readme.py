@@ -1,0 +1,23 @@
+"""Every Python snippet of the README runs, one after the other."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+
+
+def test_snippets_run_as_they_stand(capsys):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    commands = re.findall(r"```bash\n(.*?)```", text, re.S)
+    assert len(commands) == 2 and "jaxhpo demo" in commands[0] and commands[1].strip().endswith("pytest")
+    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(snippets) == 4
+    names: dict = {}
+    exec(snippets[0], names)
+    assert names["result"].best_loss < 0.01 and "adam" in capsys.readouterr().out
+    exec(snippets[1], names)
+    assert names["result"].best_loss < 0.8 and len(jax.tree.leaves(names["result"].best_state.params)) == 8
+    exec(snippets[2], names)
+    assert names["traces"].losses.shape == (512, 16, 16) and np.isfinite(names["traces"].losses).all()
+    exec(snippets[3], names)
