@@ -4,10 +4,10 @@ A real parameter is uniform, or log-uniform: z = centre * exp(w * (u - 1/2)) wit
 relative errors at both ends. Levels have equal shares, floor(u * levels), and those of a log integer the shares of
 the reals that round to them: floor(base * expm1(w * u)) counts up from low = base + 1/2.
 
-A point decodes to the same bits in every program. XLA rounds a product and a sum once where they meet in one kernel, and
-which operations share a kernel depends on shapes and on what is around (a barrier does not hinder it): so a clip stands
-between each product and what follows it. Its exp differs between the body and the tail of a loop, its expm1 does not.
-What is not within a program is compiled as one.
+A point decodes to the same bits in every program. XLA rounds a product and a sum once where they meet in a kernel, and
+whether they do depends on shapes and on what is around them, barriers or not: so a clip stands between each product and
+what follows it. Its exp differs between the body and the tail of a loop, its expm1 does not. What is not within a
+program is compiled as one.
 """
 
 import functools

@@ -83,7 +83,7 @@ def test_encode_is_the_inverse_for_reals(dtype):
     for parameter, value, again in zip(space.tree, values, decode(encoded), strict=True):
         if parameter.log:
             width = float(np.log(float(parameter.high)) - np.log(float(parameter.low)))
-            np.testing.assert_allclose(again, value, rtol=(1 + width) * eps)
+            np.testing.assert_allclose(again, value, rtol=(2 + width) * eps)
         else:
             np.testing.assert_allclose(again, value, rtol=0, atol=3 * eps * float(jnp.abs(value).max()))
 
@@ -169,10 +169,10 @@ def test_levels_of_a_log_integer_have_the_share_of_what_rounds_to_them(dtype):
 
 FEW = {"x": hpo.Float(-0.7, 1.3), "lr": hpo.Float(1e-5, 0.3, log=True), "b": hpo.Float(0.5, 8.0, log=True)}
 MANY = {
-    "linear": [hpo.Float(-0.7 * k, 1.3 * k) for k in range(1, 9)],
-    "log": [hpo.Float(1e-5, 0.3 * k, log=True) for k in range(1, 9)],
-    "int": [hpo.Int(1, 1000 * k, log=True) for k in range(1, 9)],
-    "array": hpo.Array(3, -0.3, 0.7),
+    "linear": [hpo.Float(-0.7 * k, 1.3 * k) for k in range(1, 5)],
+    "log": [hpo.Float(1e-5, 0.3 * k, log=True) for k in range(1, 5)],
+    "int": [hpo.Int(1, 1000, log=True), hpo.Int(0, 9)],
+    "one": hpo.OneOf(a=hpo.Array(3, -0.3, 0.7), b=hpo.Float(0.1, 2.0, log=True)),
 }
 
 

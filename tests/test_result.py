@@ -132,8 +132,8 @@ def test_each_trial_counts_once_at_its_lowest_loss():
     ids, losses = [3, 1, 2, 1, 3, 2, 0, 4], [0.5, 0.9, np.nan, 0.5, 0.7, 0.8, np.nan, np.inf]
     trials = study(ids=ids, losses=losses).trials
     assert trials.id[trials.best()].tolist() == [3, 1, 2]
-    assert trials.best().tolist() == [3, 0, 5]
-    assert trials.best(1).tolist() == [3]
+    assert trials.best().tolist() == [0, 3, 5]
+    assert trials.best(1).tolist() == [0]
     assert trials.dead().tolist() == [6, 7]
     assert trials.size == 5
 
