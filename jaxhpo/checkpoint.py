@@ -58,6 +58,9 @@ class Directory:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"directory={str(path)!r} is a file; give a directory, it is made if it does not exist")
         self.path.mkdir(parents=True, exist_ok=True)
+        for part in self.path.glob("rounds-*"):
+            if not part.name.removeprefix("rounds-").isdigit():  # begun by a run that was killed
+                shutil.rmtree(part, ignore_errors=True)
         self.saved, self.cost = -1e9, 0.0
         label = self.path / "study.json"
         if label.exists():

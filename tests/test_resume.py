@@ -57,21 +57,27 @@ def outcome(tmp_path: Path, name: str):
 
 def test_killed_runs_end_like_the_one_that_was_not(tmp_path):
     assert start(tmp_path, "straight").wait() == 0
+    expected = outcome(tmp_path, "straight")
     begun = time.monotonic()
     assert start(tmp_path, "warm").wait() == 0
     whole = time.monotonic() - begun
-    expected = outcome(tmp_path, "straight")
-    moments = np.random.default_rng(0).uniform(0.25, 0.95, KILLS) * whole
+    moments = np.random.default_rng(0).uniform(0, 1, KILLS)
+
+    def has_checkpoint(i: int) -> bool:
+        return any((tmp_path / f"run{i}").glob("rounds-*"))
 
     def kill_and_resume(i: int) -> bool:
         child = start(tmp_path, f"run{i}")
-        time.sleep(moments[i])
+        if i % 2:  # some time after the first checkpoint; the others at any time
+            while not has_checkpoint(i) and child.poll() is None:
+                time.sleep(0.01)
+        time.sleep(moments[i] * whole * (0.3 if i % 2 else 1.0))
         child.send_signal(signal.SIGKILL)
         child.wait()
-        part = any((tmp_path / f"run{i}").glob("rounds-*")) and not (tmp_path / f"run{i}.pickle").exists()
+        resumed = has_checkpoint(i) and not (tmp_path / f"run{i}.pickle").exists()
         assert start(tmp_path, f"run{i}").wait() == 0
         assert_same(outcome(tmp_path, f"run{i}"), expected)
-        return part
+        return resumed
 
     with ThreadPoolExecutor(2) as pool:
         resumed = sum(pool.map(kill_and_resume, range(KILLS)))
