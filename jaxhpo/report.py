@@ -110,7 +110,7 @@ def _headline(result: Result) -> dict[str, str]:
     if (t.steps > 0).any():
         facts["longest training"] = f"{t.steps.max():,} steps"
     return facts | {
-        "ended by": result.stopped.replace("_", " "),
+        "ended by": "the method, which was done" if result.stopped == "method" else result.stopped.replace("_", " "),
         "time": f"{_duration(result.seconds)}, {_duration(result.compile_seconds)} of it compiling",
     }
 

@@ -273,10 +273,14 @@ class Result:
         return frame
 
     def failures(self) -> dict[str, int]:
-        """How many trials failed of what, most frequent first: the first line of a message and its count."""
+        """How many trials failed of what, most frequent first; messages that differ count as one kind of exception."""
         ids = self.trials.id[self.trials.dead()].tolist()
-        messages = [self.errors.get(i, "").strip() or "loss not finite" for i in ids]
-        return dict(collections.Counter(message.splitlines()[0] for message in messages).most_common())
+        messages = [(self.errors.get(i, "").strip() or "loss not finite").splitlines()[0] for i in ids]
+        kinds: dict[str, set[str]] = collections.defaultdict(set)
+        for message in messages:
+            kinds[message.partition(":")[0]].add(message)
+        name = {k: f"{k}: {len(v)} different messages" if len(v) > 1 else v.copy().pop() for k, v in kinds.items()}
+        return dict(collections.Counter(name[message.partition(":")[0]] for message in messages).most_common())
 
     def rows(self, n: int = 10, parameters: int = 8) -> tuple[list[str], list[list[str]]]:
         """The `n` best trials as text, best first: header and rows of `table`."""

@@ -160,14 +160,13 @@ def ticks(column: Column) -> list[tuple[float, str]]:
 def round_numbers(low: float, high: float, log: bool, integer: bool = False) -> list[float]:
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    if log:
-        decades = np.log10(high) - np.log10(low)
-        subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(np.arange(1.0, 10.0, 0.5))
-        marks = LogLocator(subs=subs, numticks=7).tick_values(low, high)
-    else:
-        marks = MaxNLocator(5, integer=integer, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     slack = 1e-9 * (high - low)
-    return [float(v) for v in marks if low - slack <= v <= high + slack]
+    inside = lambda marks: [float(v) for v in marks if low - slack <= v <= high + slack]  # noqa: E731
+    if not log:
+        return inside(MaxNLocator(5, integer=integer, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
+    finest_first = np.arange(1.0, 10.0, 0.5), (1.0, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)
+    found = [inside(LogLocator(subs=tuple(subs), numticks=7).tick_values(low, high)) for subs in finest_first]
+    return next((marks for marks in found if len(marks) <= 5), found[-1])
 
 
 def number(value: float) -> str:

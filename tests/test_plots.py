@@ -245,3 +245,16 @@ def test_names_are_not_mathematics():
     result = study([1.0, 2.0], {"$\\frac$": hpo.Float(0, 1), "k": hpo.Categorical(("$x^$", "$y$"))})
     for kind in plots.sensible(result):
         draw(result.plot(kind))
+
+
+@pytest.mark.parametrize(
+    "low, high, marks",
+    [
+        (32, 128, [50, 70, 100]),
+        (16, 256, [20, 50, 100, 200]),
+        (1e-5, 1e-1, [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]),
+        (2, 3, [2, 2.5, 3]),
+    ],
+)
+def test_log_axes_have_few_round_ticks(low, high, marks):
+    assert scales.round_numbers(low, high, True) == pytest.approx(marks)

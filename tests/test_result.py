@@ -179,6 +179,12 @@ def test_a_table_leaves_markup_alone_and_out_what_is_not_live():
     assert text.splitlines()[2].endswith(f"b (b={chosen['b']})" if chosen["choice"] == "b" else "a")
 
 
+def test_failures_are_counted_by_kind():
+    errors = {0: "ValueError: bad 0.1", 1: "ValueError: bad 0.2", 2: "OSError: disk"}
+    result = study(losses=[np.nan] * 4 + [1.0], errors=errors)
+    assert result.failures() == {"ValueError: 2 different messages": 2, "OSError: disk": 1, "loss not finite": 1}
+
+
 def test_known_results_come_before_trials():
     result = study(ids=[-1, -2, 0, 1], losses=[0.5, 0.2, 0.3, 0.4])
     assert result.trials.size == 2
