@@ -3,6 +3,7 @@
     pip install -e ".[bench]"
     python benchmarks/trial_throughput.py                  # lanes=64, for 2 CPU cores
     python benchmarks/trial_throughput.py --lanes 512      # for a GPU
+    WIDTH=128 python benchmarks/trial_throughput.py        # networks of up to 128 units a layer instead of 64
 
 Everyone trains the same MLPs on scikit-learn's digits: same data, batch size, steps, and ranges of width, depth,
 activation, dropout, learning rate and momentum. Each column is run `--repeats` times in turn, the median counts.
@@ -15,6 +16,7 @@ activation, dropout, learning rate and momentum. Each column is run `--repeats` 
 
 import argparse
 import json
+import os
 import statistics
 import time
 
@@ -28,7 +30,7 @@ from sklearn.datasets import load_digits
 
 import jaxhpo as hpo
 
-WIDTH, DEPTH, BATCH = 128, 3, 64
+WIDTH, DEPTH, BATCH = int(os.environ.get("WIDTH", 64)), 3, 64
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 SPACE = hpo.Space(
     {
