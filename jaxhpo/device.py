@@ -93,6 +93,7 @@ class Plan:
 
 @functools.lru_cache(maxsize=16)
 def engine_of(plan: Plan) -> Engine:
+    """The plan's two functions, made once."""
     return make_engine(*plan.parts)
 
 

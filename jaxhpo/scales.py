@@ -93,6 +93,7 @@ def ranks(losses: np.ndarray) -> np.ndarray:
 
 
 def colour(rank: float, crowd: float = 1.0) -> tuple[float, ...]:
+    """Of a loss by its rank in [0, 1], paler the larger the crowd."""
     from matplotlib.colors import to_rgb
 
     blend = float(np.sqrt(rank))
@@ -118,6 +119,7 @@ BELOW = -0.13
 
 
 def is_log(column: Column) -> bool:
+    """Whether the axis of a dim is logarithmic."""
     return bool(getattr(column.parameter, "log", False))
 
 
@@ -127,6 +129,7 @@ def height(column: Column) -> np.ndarray:
 
 
 def bounds(column: Column) -> tuple[float, float]:
+    """The ends of the axis of a number."""
     return float(column.parameter.low), float(column.parameter.high)  # type: ignore[attr-defined]
 
 
@@ -141,6 +144,7 @@ def spread(column: Column) -> np.ndarray:
 
 
 def place(column: Column, values: np.ndarray) -> np.ndarray:
+    """Where on an axis from 0 to 1 the values of a dim are."""
     if column.options is not None:
         return (values + 0.5) / len(column.options)
     f = np.log if is_log(column) else np.asarray
@@ -149,6 +153,7 @@ def place(column: Column, values: np.ndarray) -> np.ndarray:
 
 
 def ticks(column: Column) -> list[tuple[float, str]]:
+    """Places from 0 to 1 and labels of a dim's axis."""
     if column.options is not None:
         count = len(column.options)
         some = np.unique(np.linspace(0, count - 1, min(count, 10), dtype=int))
@@ -158,6 +163,7 @@ def ticks(column: Column) -> list[tuple[float, str]]:
 
 
 def round_numbers(low: float, high: float, log: bool, integer: bool = False) -> list[float]:
+    """A few numbers in [low, high] that are easy to read."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     slack = 1e-9 * (high - low)
@@ -170,8 +176,10 @@ def round_numbers(low: float, high: float, log: bool, integer: bool = False) -> 
 
 
 def number(value: float) -> str:
+    """A number as a label."""
     return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def short(text: str, width: int = 14) -> str:
+    """Text cut to a width."""
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -158,9 +158,11 @@ def test_tables_of_the_same_shape_are_other_studies(tmp_path):
 
 def test_a_space_with_functions_is_recognised(tmp_path):
     space = {"x": hpo.Float(0.0, 1.0), "act": hpo.Categorical((jax.nn.relu, np.tanh, lambda x: x)), "scale": np.ones(2)}
+    results = []
     for _ in range(2):
         space = {**space, "scale": np.ones(2), "act": hpo.Categorical((jax.nn.relu, np.tanh, lambda x: x))}
-        hpo.minimize(lambda key, h: h["x"], hpo.random(space), key=KEY, trials=16, directory=tmp_path)
+        results.append(hpo.minimize(lambda key, h: h["x"], hpo.random(space), key=KEY, trials=16, directory=tmp_path))
+    assert np.array_equal(results[0].trials.loss, results[1].trials.loss) and results[1].compile_seconds == 0.0
 
 
 def test_a_full_disk_costs_the_checkpoint_only(tmp_path, monkeypatch):

@@ -24,6 +24,8 @@ POINTS = 5
 
 
 class State(NamedTuple):
+    """How far the grid is."""
+
     asked: Count
     """i32[]: cells asked for so far"""
 

@@ -42,6 +42,8 @@ class Halton(NamedTuple):
 
 
 class State(NamedTuple):
+    """Where in the sequence the study is, and how the sequence is scrambled."""
+
     sequence: Sobol | Halton
     """the scramble"""
     asked: Count

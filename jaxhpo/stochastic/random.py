@@ -15,6 +15,8 @@ from jaxhpo.space import Space
 
 
 class State(NamedTuple):
+    """How many trials there were."""
+
     asked: Count
     """i32[]: trials asked for so far"""
 
