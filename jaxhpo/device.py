@@ -98,7 +98,7 @@ def engine_of(plan: Plan) -> Engine:
 
 
 @functools.lru_cache(maxsize=16)
-def _start(plan: Plan, room: int | None) -> Callable:
+def _start(plan: Plan, room: int) -> Callable:
     engine = engine_of(plan)
     return jax.jit(lambda key, settings: engine.start(key, settings, room), out_shardings=plan.placement())
 

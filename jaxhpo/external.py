@@ -23,8 +23,8 @@ import numpy as np
 
 from jaxhpo.budget import OPEN_ROWS, Budget, Tally, begin, capacity, proceed
 from jaxhpo.checks import whole
-from jaxhpo.method import Method, Trials, ask_key, bare
-from jaxhpo.study import Initial, Trace, begin_with, tell_known
+from jaxhpo.method import Method, Trials, ask_key
+from jaxhpo.study import Initial, Trace, begin_with, first_state
 
 PyTree = Any
 
@@ -214,13 +214,10 @@ class Host:
         self.compile_seconds = 0.0
         self.ask, self.tell = jax.jit(method.ask), jax.jit(method.tell)
         self.asked: list[tuple[Trials, dict[futures.Future, int]]] = []
-        self.state = bare(method.init)(ask_key(key), method.settings)
         rows = capacity(method, budget, initial)
         self.known = initial.known_rows(method.batch) if initial else 0
         self.open, self.room = rows is None, OPEN_ROWS if rows is None else rows
-        self.state = method.reserve(self.state, self.room)
-        if initial is not None and len(initial.known_losses):
-            self.state = tell_known(method, initial, key, self.state)
+        self.state = first_state(method, key, method.settings, self.room, initial)
         self.rounds = 0
         empty = jax.eval_shape(lambda s: method.ask(key, s)[0], self.state)
         self.blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), empty)._replace(

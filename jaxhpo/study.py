@@ -167,6 +167,14 @@ def tell_known(method: Method, initial: Initial, key: jax.Array, state: PyTree) 
     return state
 
 
+def first_state(method: Method, key: jax.Array, settings: PyTree, capacity: int, initial: Initial | None) -> PyTree:
+    """The method's state before its first ask, with room for `capacity` rows and told what is known."""
+    state = method.reserve(bare(method.init)(ask_key(key), settings), capacity)
+    if initial is not None and len(initial.known_losses):
+        state = tell_known(method, initial, key, state)
+    return state
+
+
 def make_engine(
     problem: Callable | Trainable,
     method: Method,
@@ -177,13 +185,8 @@ def make_engine(
     """The two functions of which every driver is made. Arguments as in `study`, checked already."""
     runner: Lanes = make_lanes(unjitted(problem), method, lanes, mesh)
 
-    def start(key: jax.Array, settings: PyTree, capacity: int | None) -> Carry:
-        state = bare(method.init)(ask_key(key), settings)
-        if capacity is not None:
-            state = method.reserve(state, capacity)
-        if initial is not None and len(initial.known_losses):
-            state = tell_known(method, initial, key, state)
-        return Carry(state, *runner.init())
+    def start(key: jax.Array, settings: PyTree, capacity: int) -> Carry:
+        return Carry(first_state(method, key, settings, capacity, initial), *runner.init())
 
     def round_(key: jax.Array, round: jax.Array, carry: Carry) -> tuple[Carry, Trace]:
         trials, state = method.ask(ask_key(key, round), carry.state)
