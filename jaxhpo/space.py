@@ -78,6 +78,8 @@ class Space:
       names: path of every dim, such as "optimizer.sgd.momentum".
       levels: i64[dims], number of levels of each dim, 0 where it is real.
       categorical: bool[dims], whether the levels of a dim have no order.
+      parent: i64[dims], the dim of the `OneOf` that a dim depends on, -1 where it is always live.
+      nesting: how deep `OneOf`s nest, 0 where there is none.
       leaves: the parameters in the order of their dims, a `OneOf` before its branches.
 
     Raises:
@@ -106,9 +108,9 @@ class Space:
         ]
         self.levels = per_dim([leaf.parameter.levels for leaf in self.leaves]).astype(np.int64)
         self.categorical = per_dim([isinstance(leaf.parameter, Categorical | OneOf) for leaf in self.leaves])
-        self._parent = per_dim([leaf.parent for leaf in self.leaves])
+        self.parent = per_dim([leaf.parent for leaf in self.leaves])
         self._branch = per_dim([leaf.branch for leaf in self.leaves])
-        self._depth = self._nesting()
+        self.nesting = self._nesting()
         places = tuple(None if isinstance(entry, _Constant) else entry for entry in self._entries)
         facts = tuple((leaf.parameter.signature, leaf.parent, leaf.branch) for leaf in self.leaves)
         self._key = (self._treedef, places, facts)
@@ -156,9 +158,9 @@ class Space:
         return jax.tree_util.tree_map_with_path(visit, tree, is_leaf=_is_leaf)
 
     def _nesting(self) -> int:
-        depth, parent = 0, self._parent
+        depth, parent = 0, self.parent
         while (parent >= 0).any():
-            depth, parent = depth + 1, np.where(parent >= 0, self._parent[parent], -1)
+            depth, parent = depth + 1, np.where(parent >= 0, self.parent[parent], -1)
         return depth
 
     def _codec(self) -> Codec:
@@ -196,7 +198,7 @@ class Space:
           float[..., dims] in [0, 1].
         """
         unit = self._codec().encode(self.flatten(hparams))
-        return jnp.where(self.active(unit), unit, 0.5) if self._depth else unit
+        return jnp.where(self.active(unit), unit, 0.5) if self.nesting else unit
 
     def sample(self, key: jax.Array, n: int) -> jax.Array:
         """Uniform points of the unit cube: float[n, dims]; `decode` gives their hyperparameters."""
@@ -209,12 +211,12 @@ class Space:
     def active(self, unit: ArrayLike) -> jax.Array:
         """Which dims are live, those of a branch only where it is chosen: bool[..., dims] for float[..., dims]."""
         points = self._points(unit)
-        if not self._depth:
+        if not self.nesting:
             return jnp.ones(points.shape, bool)
-        is_top, parent = jnp.asarray(self._parent < 0), np.maximum(self._parent, 0)
+        is_top, parent = jnp.asarray(self.parent < 0), np.maximum(self.parent, 0)
         chosen = is_top | (self._codec().level(points)[..., parent] == self._branch)
         live = chosen
-        for _ in range(self._depth - 1):
+        for _ in range(self.nesting - 1):
             live = chosen & (is_top | live[..., parent])
         return live
 

@@ -1,0 +1,1 @@
+"""Population search: many candidates that learn from one another."""
