@@ -1,7 +1,7 @@
 """How good the optima are that methods find on a suite of problems: best-so-far curves as rows of JSON.
 
-A suite is a Python file with `SUITES`, a dict of functions that return a list of `(name, space, fn)`: space is a list of
-`(name, "float" | "int", low, high, log)` or `(name, "cat", options)`, fn takes a dict and returns a float, lower is
+A suite is a Python file with `SUITES`, a dict of functions that return a list of `(name, space, fn)`: space is a list
+of `(name, "float" | "int", low, high, log)` or `(name, "cat", options)`, fn takes a dict and returns a float, lower is
 better. A row is {"problem", "peer", "seed", "best": [best so far at every checkpoint]}.
 """
 

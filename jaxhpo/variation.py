@@ -1,4 +1,4 @@
-"""What methods that move points about share: bounds by reflection, cheap random numbers, and what is inherited together.
+"""What methods that move points share: bounds by reflection, cheap random numbers, and what is inherited together.
 
 All of it works on points of the unit cube, whole populations at a time.
 """
