@@ -15,7 +15,7 @@ from quality import load_suite, record
 import jaxhpo as hpo
 
 LONG = {
-    "differential_evolution": lambda space: hpo.differential_evolution(space, population=50, batch=50),
+    "differential_evolution": lambda space: hpo.differential_evolution(space, population=50, trials=5000, batch=10),
     "particle_swarm": lambda space: hpo.particle_swarm(space, particles=50, batch=50),
     "cma_es": lambda space: hpo.cma_es(space, population=50, batch=50),
     "genetic": lambda space: hpo.genetic(space, population=50, batch=50),
@@ -26,7 +26,7 @@ SHORT = {
     "particle_swarm": lambda space: hpo.particle_swarm(space, particles=10, batch=1),
     "cma_es": lambda space: hpo.cma_es(space, batch=1),
     "annealing": lambda space: hpo.annealing(space, chains=1, batch=1),
-    "coordinate_descent": lambda space: hpo.coordinate_descent(space, batch=4),
+    "coordinate_descent": lambda space: hpo.coordinate_descent(space, batch=2),
     "random": lambda space: hpo.random(space, batch=10),
     "quasirandom": lambda space: hpo.quasirandom(space, batch=10),
 }

@@ -14,7 +14,9 @@ from jaxhpo.trainable import Trainable
 # How it is searched.
 from jaxhpo.bandit import hyperband, successive_halving
 from jaxhpo.exhaustive import grid
-from jaxhpo.stochastic import quasirandom, random
+from jaxhpo.population import cma_es, differential_evolution, genetic, islands
+from jaxhpo.sequential import coordinate_descent
+from jaxhpo.stochastic import annealing, quasirandom, random
 
 # Running a study.
 from jaxhpo.minimize import AllTrialsFailed, minimize
@@ -43,12 +45,18 @@ __all__ = [
     "Trace",
     "Trainable",
     "Trials",
+    "annealing",
     "ask_key",
     "axes",
+    "cma_es",
+    "coordinate_descent",
+    "differential_evolution",
     "external",
     "flax_trainable",
+    "genetic",
     "grid",
     "hyperband",
+    "islands",
     "minimize",
     "quasirandom",
     "random",

@@ -1,5 +1,6 @@
 """Errors for numbers that a user gives: the parameter, the value and the remedy."""
 
+import math
 import numbers
 from typing import Any
 
@@ -18,4 +19,19 @@ def whole(name: str, value: Any, low: int, remedy: str = "", most: int | None = 
         raise ValueError(f"{name} must be at least {low}, got {value!r}{hint}")
     if most is not None and number > most:
         raise ValueError(f"{name} must be at most {most}, got {value!r}{hint}")
+    return number
+
+
+def real(name: str, value: Any, low: float, high: float, remedy: str = "") -> float:
+    """`value` as a float in [`low`, `high`].
+
+    Raises:
+      TypeError, ValueError: it is none.
+    """
+    hint = f"; {remedy}" if remedy else ""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}{hint}")
+    number = float(value)
+    if math.isnan(number) or not low <= number <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}{hint}")
     return number

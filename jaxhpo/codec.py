@@ -252,7 +252,7 @@ class Codec:
         index = jnp.floor(jnp.where(c.log, c.base * jnp.expm1(jnp.minimum(c.width * unit, c.width)), c.number * unit))
         return jnp.clip(index, 0, c.top).astype(jnp.int32)
 
-    def _middle(self, level: jax.Array, columns: Any = slice(None)) -> jax.Array:
+    def middle(self, level: jax.Array, columns: Any = slice(None)) -> jax.Array:
         """The inverse of `_level`: coordinates in the middle of a level's share."""
         c = self._at(self._levels, columns)
         above = level.astype(self.dtype) + 0.5
@@ -315,10 +315,10 @@ class Codec:
             ratio = jnp.where(r.log, jnp.maximum(mix, np.finfo(self.dtype).tiny), 1)
             return (jnp.where(r.log, jnp.log(ratio), mix) - r.low) / r.width
         if group.options is not None:
-            return self._middle(_best(group.options, x, self.dtype), group.columns)
+            return self.middle(_best(group.options, x, self.dtype), group.columns)
         c = self._at(self._levels, group.columns)
         above = jnp.maximum(x, c.first).astype(np.uint32) - c.first.astype(np.uint32)  # may not fit i32
-        return self._middle((above // c.step.astype(np.uint32)).astype(np.int32), group.columns)
+        return self.middle((above // c.step.astype(np.uint32)).astype(np.int32), group.columns)
 
     @staticmethod
     def _at(constants: Any, columns: Any) -> Any:

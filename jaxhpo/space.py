@@ -208,6 +208,10 @@ class Space:
         """The level of every dim that has levels: i32[..., dims with levels], in their order."""
         return self._codec().level(self._points(unit))[..., np.flatnonzero(self.levels)]
 
+    def middle(self, level: jax.Array) -> jax.Array:
+        """The inverse of `level`: points in the middle of the levels i32[..., dims with levels], of the same shape."""
+        return self._codec().middle(level, np.flatnonzero(self.levels))
+
     def active(self, unit: ArrayLike) -> jax.Array:
         """Which dims are live, those of a branch only where it is chosen: bool[..., dims] for float[..., dims]."""
         points = self._points(unit)

@@ -3,6 +3,8 @@
 All of it works on points of the unit cube, whole populations at a time.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,14 +25,33 @@ def reflect(unit: jax.Array) -> jax.Array:
     return jnp.minimum(folded, 1)
 
 
+def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`jax.random.bits` of 32 bits, the same numbers: u32[shape].
+
+    Drawn as one row: on CPU, XLA computes the counter of an array with a short last axis one by one, which makes most
+    of a generation's work ten times slower.
+    """
+    return jax.random.bits(key, (math.prod(shape),), jnp.uint32).reshape(shape)
+
+
+def uniforms(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`jax.random.uniform` drawn as one row: float[shape] in [0, 1)."""
+    return jax.random.uniform(key, (math.prod(shape),), working_dtype()).reshape(shape)
+
+
+def normals(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`jax.random.normal` drawn as one row: float[shape]."""
+    return jax.random.normal(key, (math.prod(shape),), working_dtype()).reshape(shape)
+
+
 def two_uniforms(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Two independent arrays of uniform numbers from one draw of 32 bits, at 2^16 values each, never 0 or 1.
 
     Drawing random numbers is most of the work of a generation, and 16 bits are enough for weights and decisions.
     """
-    bits = jax.random.bits(key, shape, jnp.uint32)
-    middle = lambda x: (x.astype(working_dtype()) + 0.5) * 2.0**-16  # noqa: E731
-    return middle(bits >> 16), middle(bits & 0xFFFF)
+    drawn = bits(key, shape)
+    middle = lambda x: (x.astype(jnp.int32).astype(working_dtype()) + 0.5) * 2.0**-16  # noqa: E731
+    return middle(drawn >> 16), middle(drawn & 0xFFFF)
 
 
 def levels(space: Space, unit: jax.Array) -> jax.Array:
@@ -63,3 +84,49 @@ def with_subtrees(space: Space, take: jax.Array, mine: jax.Array, yours: jax.Arr
         follows = is_below & (differ | follows)[..., parent]
         take = jnp.where(follows, take[..., parent], take)
     return take
+
+
+def latin_hypercube(key: jax.Array, n: int, dims: int) -> jax.Array:
+    """Random points of which each of n equal slices of every dim holds one: float[n, dims].
+
+    McKay, Beckman and Conover (1979), A comparison of three methods for selecting values of input variables.
+    """
+    key_order, key_within = jax.random.split(key)
+    order = jnp.argsort(bits(key_order, (n, dims)), axis=0)
+    return (order + uniforms(key_within, (n, dims))) / n
+
+
+def another_level(space: Space, unit: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Coordinates in the middle of another level of their dim; real dims, and those with one level, stay as they are.
+
+    Args:
+      space: whose dims they are.
+      unit: float[..., dims] in [0, 1].
+      uniform: float[..., dims] in [0, 1), which of the other levels.
+    """
+    has_levels = np.flatnonzero(space.levels > 0)
+    number = space.levels[has_levels].astype(np.int32)
+    level = space.level(unit)
+    step = 1 + jnp.minimum((uniform[..., has_levels] * (number - 1)).astype(jnp.int32), number - 2)
+    moved = jnp.where(number > 1, space.middle((level + step) % number), unit[..., has_levels])
+    return unit.at[..., has_levels].set(moved)
+
+
+def best_rows(member: jax.Array, losses: jax.Array, active: jax.Array, members: int) -> tuple[jax.Array, jax.Array]:
+    """The best of the told rows of every member, the first of equals.
+
+    Args:
+      member: i32[rows], the member that a row speaks of.
+      losses: float[rows], +inf where a trial failed.
+      active: bool[rows], the others are padding.
+      members: how many there are.
+
+    Returns:
+      i32[members], its row, any where it has none; bool[members], whether it has one.
+    """
+    rows = jnp.arange(losses.shape[0], dtype=jnp.int32)
+    at = jnp.where(active, member, members)
+    best = jnp.full(members, jnp.inf, losses.dtype).at[at].min(losses, mode="drop")
+    is_best = active & (losses == best[jnp.minimum(at, members - 1)])
+    row = jnp.full(members, losses.shape[0], jnp.int32).at[jnp.where(is_best, at, members)].min(rows, mode="drop")
+    return jnp.minimum(row, losses.shape[0] - 1), row < losses.shape[0]

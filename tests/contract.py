@@ -16,7 +16,9 @@ import jaxhpo as hpo
 from jaxhpo.bandit import hyperband, successive_halving
 from jaxhpo.exhaustive import grid
 from jaxhpo.method import Method, Trials
-from jaxhpo.stochastic import quasirandom, random
+from jaxhpo.population import cma_es, differential_evolution, genetic, islands
+from jaxhpo.sequential import coordinate_descent
+from jaxhpo.stochastic import annealing, quasirandom, random
 
 
 class Case(NamedTuple):
@@ -33,8 +35,22 @@ CASES = [
     Case("random", lambda space: random(space, batch=5)),
     Case("quasirandom", lambda space: quasirandom(space, batch=5)),
     Case("quasirandom-halton", lambda space: quasirandom(space, sequence="halton", batch=5)),
+    Case("annealing", lambda space: annealing(space, batch=5)),
+    Case("annealing-reheat", lambda space: annealing(space, chains=2, schedule="reheat", batch=5)),
     Case("successive_halving", lambda space: successive_halving(space, trials=9, max_steps=9, batch=4)),
     Case("hyperband", lambda space: hyperband(space, max_steps=9, batch=5)),
+    Case("cma_es", lambda space: cma_es(space, population=7, batch=5)),
+    Case("cma_es-separable", lambda space: cma_es(space, population=4, covariance="separable", elites=0, batch=5)),
+    Case("differential_evolution", lambda space: differential_evolution(space, population=7, trials=40, batch=5)),
+    Case(
+        "differential_evolution-best",
+        lambda space: differential_evolution(space, strategy="best/1/bin", population=5, batch=5),
+    ),
+    Case("coordinate_descent", lambda space: coordinate_descent(space, starts=2, batch=5)),
+    Case("coordinate_descent-cyclic", lambda space: coordinate_descent(space, starts=1, order="cyclic", batch=5)),
+    Case("genetic", lambda space: genetic(space, population=7, batch=5)),
+    Case("genetic-rank", lambda space: genetic(space, population=4, selection="rank", crossover="sbx", batch=5)),
+    Case("islands", lambda space: islands(genetic(space, population=6, batch=3), 2, every=2)),
 ]
 NAMES = [case.name for case in CASES]
 

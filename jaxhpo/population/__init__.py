@@ -1,1 +1,8 @@
 """Population search: many candidates that learn from one another."""
+
+from jaxhpo.population.cma_es import cma_es
+from jaxhpo.population.differential_evolution import differential_evolution
+from jaxhpo.population.genetic import genetic
+from jaxhpo.population.islands import islands
+
+__all__ = ["cma_es", "differential_evolution", "genetic", "islands"]

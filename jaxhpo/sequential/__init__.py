@@ -1,1 +1,5 @@
 """Sequential search: where the next trials are chosen by what all earlier ones have shown."""
+
+from jaxhpo.sequential.coordinate_descent import coordinate_descent
+
+__all__ = ["coordinate_descent"]

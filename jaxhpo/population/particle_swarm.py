@@ -1,0 +1,392 @@
+"""Particle swarm optimization: particles that fly through the space, drawn to the best points that they know of.
+
+Kennedy and Eberhart (1995), Particle swarm optimization. The two update rules:
+
+"constriction": Clerc and Kennedy (2002), The particle swarm: explosion, stability, and convergence in a
+multidimensional complex space, IEEE TEC 6(1), with the velocity clamp of Eberhart and Shi (2000), Comparing inertia
+weights and constriction factors in particle swarm optimization. The coefficients chi and phi/2 are multiplied out.
+
+"spso2011": Clerc (2012), Standard Particle Swarm Optimisation (hal-00764996), sections 3 and 4; Zambrano-Bigiarini,
+Clerc and Rojas (2013), Standard Particle Swarm Optimisation 2011 at CEC-2013, equation numbers below.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.scipy.special import erfinv
+
+from jaxhpo.checks import real, whole
+from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
+from jaxhpo.modules import hashed_bits
+from jaxhpo.space import Space, working_dtype
+from jaxhpo.variation import another_level, best_rows, latin_hypercube, levels, reflect, with_subtrees
+
+INFORMANTS = 3
+# Multiplied out, chi = 0.7298 and phi = 4.1; the other rule's are those of section 4.
+DEFAULTS = {
+    "constriction": {"inertia": 0.7298, "cognitive": 0.7298 * 2.05, "social": 0.7298 * 2.05, "max_velocity": 0.5},
+    "spso2011": {
+        "inertia": 1 / (2 * math.log(2)),
+        "cognitive": 0.5 + math.log(2),
+        "social": 0.5 + math.log(2),
+        "max_velocity": 1.0,
+    },
+}
+TOPOLOGIES = {"constriction": "global", "spso2011": "adaptive-random"}
+
+
+class Settings(NamedTuple):
+    """Numeric settings of a particle swarm."""
+
+    inertia: jax.Array
+    """float[]: share of the velocity that is kept, w"""
+    cognitive: jax.Array
+    """float[]: pull of the particle's own best point, c1"""
+    social: jax.Array
+    """float[]: pull of the best point in its neighbourhood, c2"""
+    max_velocity: jax.Array
+    """float[]: of each coordinate, in widths of the space"""
+    damping: jax.Array
+    """float[] in [0, 1]: share of the velocity that is left, turned round, after a bound was hit"""
+    recall: jax.Array
+    """float[] in [0, 1]: chance that a choice without order is taken from the particle's own best point"""
+    imitation: jax.Array
+    """float[] in [0, 1]: chance that it is taken from the neighbourhood's best point"""
+    mutation: jax.Array
+    """float[] in [0, 1]: chance that it is drawn anew"""
+
+
+class State(NamedTuple):
+    """State of a particle swarm."""
+
+    position: jax.Array
+    """float[particles, dims]: where each particle was told of last, at first where it begins"""
+    velocity: jax.Array
+    """float[particles, dims]: its, 0 where a dim has no order"""
+    best: jax.Array
+    """float[particles, dims]: its best point; the last one as long as all have failed"""
+    loss: jax.Array
+    """float[particles]: the loss there, +inf where no trial has succeeded"""
+    draw: jax.Array
+    """u32[2]: what the random informants are drawn from"""
+    stale: jax.Array
+    """i32[]: rows told since the swarm's best loss fell or the informants changed"""
+    settings: Settings
+    asked: Count
+    """i32[]: trials asked for so far"""
+
+
+class Row(NamedTuple):
+    """What a row of an ask remembers."""
+
+    particle: jax.Array
+    """i32[batch]: who flies there"""
+    begins: jax.Array
+    """bool[batch]: whether it is its first point"""
+    velocity: jax.Array
+    """float[batch, dims]: its velocity on arrival"""
+
+
+def uniforms(seed: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Two independent arrays of uniform numbers at 2^16 values each, never 0 or 1.
+
+    By hashing a counter: threefry would take several times as long as the rest of a generation.
+
+    Args:
+      seed: u32[2], drawn afresh by `jax.random.bits` for every call.
+      shape: of both.
+    """
+    # Worked out once, and as one long array: XLA takes several times as long for short rows.
+    bits = lax.optimization_barrier(hashed_bits(seed, math.prod(shape))).reshape(shape)
+    middle = lambda x: (x.astype(jnp.int32).astype(working_dtype()) + 0.5) * 2.0**-16  # noqa: E731
+    return middle(bits >> 16), middle(bits & 0xFFFF)
+
+
+def constricted(
+    settings: Settings, x: jax.Array, v: jax.Array, best: jax.Array, leader: jax.Array, r1: jax.Array, r2: jax.Array
+) -> jax.Array:
+    """The next velocity by Clerc and Kennedy (2002), float[batch, dims] like all arguments."""
+    return settings.inertia * v + settings.cognitive * r1 * (best - x) + settings.social * r2 * (leader - x)
+
+
+def spherical(
+    settings: Settings,
+    x: jax.Array,
+    v: jax.Array,
+    best: jax.Array,
+    leader: jax.Array,
+    leads: jax.Array,
+    normal: jax.Array,
+    radius: jax.Array,
+) -> jax.Array:
+    """The next velocity by SPSO-2011: a point of the hypersphere around the centre of gravity of three points.
+
+    Args:
+      settings: of the swarm.
+      x, v, best, leader: float[batch, dims], the three points and the velocity.
+      leads: bool[batch, 1], whether the particle itself is the best of its neighbourhood.
+      normal: float[batch, dims], the direction; 0 in dims that have no part in it.
+      radius: float[batch, 1] in [0, 1], share of the distance between x and the centre.
+    """
+    pulls = settings.cognitive * (best - x) + jnp.where(leads, 0, settings.social * (leader - x))
+    to_centre = pulls / jnp.where(leads, 2, 3)  # G - x, eqs. 7 and 8
+    norm = lambda y: jnp.sqrt((y * y).sum(1, keepdims=True))  # noqa: E731
+    scale = radius * norm(to_centre) / jnp.maximum(norm(normal), jnp.finfo(x.dtype).tiny)
+    return settings.inertia * v + to_centre + scale * normal  # eq. 9
+
+
+def informants(draw: jax.Array, particles: int) -> jax.Array:
+    """Whom else each particle asks for its best point: i32[particles, 3], drawn with replacement."""
+    bits = hashed_bits(draw, particles * INFORMANTS)
+    return (bits % particles).astype(jnp.int32).reshape(particles, INFORMANTS)
+
+
+def leaders(topology: str, loss: jax.Array, draw: jax.Array, rows: jax.Array) -> jax.Array:
+    """The particle in the neighbourhood of each of `rows` that has the best point, itself among equals: i32[batch]."""
+    n = loss.shape[0]
+    if topology == "global":
+        first = jnp.argmin(loss)
+        return jnp.where(loss[first] < loss[rows], first, rows)
+    if topology == "ring":
+        others = jnp.stack([(rows - 1) % n, (rows + 1) % n], axis=1)
+    else:
+        others = informants(draw, n)[rows]
+    neighbours = jnp.concatenate([rows[:, None], others], axis=1)
+    at = jnp.argmin(loss[neighbours], axis=1)
+    return jnp.take_along_axis(neighbours, at[:, None], axis=1)[:, 0]
+
+
+def choose(
+    space: Space, settings: Settings, seed: jax.Array, x: jax.Array, best: jax.Array, leader: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Choices without order, which cannot be moved: kept, inherited together with what is below them, or drawn anew.
+
+    Returns:
+      float[batch, dims], `x` with the new choices; bool[batch, dims], the choices and all that came with them.
+    """
+    at = np.flatnonzero(space.categorical)
+    chance, level = uniforms(seed, (x.shape[0], len(at)))
+    wish = lambda mask: jnp.zeros(x.shape, bool).at[:, at].set(mask)  # noqa: E731
+    recalls, imitates = chance < settings.recall, chance < settings.recall + settings.imitation
+    mutates = chance < settings.recall + settings.imitation + settings.mutation
+    from_best = with_subtrees(space, wish(recalls), x, best)
+    child = jnp.where(from_best, best, x)
+    from_leader = with_subtrees(space, wish(imitates & ~recalls), child, leader)
+    child = jnp.where(from_leader, leader, child)
+    child = child.at[:, at].set(jnp.where(mutates & ~imitates, level, child[:, at]))
+    return child, from_best | from_leader | space.categorical
+
+
+def without_repeats(space: Space, seed: jax.Array, unit: jax.Array, known: tuple[jax.Array, ...]) -> jax.Array:
+    """`unit` with another level in one live dim wherever it decodes to one of the `known` points of its row."""
+    level, live = levels(space, unit), space.active(unit)
+    equals = lambda y: jnp.where(space.levels > 0, level == levels(space, y), unit == y) | ~live  # noqa: E731
+    repeats = functools.reduce(jnp.logical_or, [equals(y).all(1) for y in known])
+    which, to = uniforms(seed, unit.shape)
+    dim = jnp.argmax(jnp.where(live & (space.levels > 1), which, 0), axis=1)
+    here = repeats[:, None] & (jnp.arange(space.dims) == dim[:, None])
+    return jnp.where(here, another_level(space, unit, to), unit)
+
+
+@functools.lru_cache(maxsize=256)
+def _functions(
+    space: Space, n: int, variant: str, topology: str, per_dim: bool, batch: int
+) -> tuple[Callable, Callable, Callable]:
+    dims, ordered = space.dims, ~space.categorical
+    has_choices = not ordered.all()
+    always_moves = ((space.levels == 0) & (space.parent < 0)).any()
+
+    def init(key: jax.Array, settings: PyTree) -> State:
+        key_start, key_velocity, key_draw = jax.random.split(key, 3)
+        start = latin_hypercube(key_start, n, dims)
+        velocity = jnp.where(ordered, space.sample(key_velocity, n) - start, 0)
+        loss = jnp.full(n, jnp.inf, start.dtype)
+        draw = jax.random.bits(key_draw, (2,))
+        return State(start, velocity, start, loss, draw, jnp.zeros((), jnp.int32), settings, count())
+
+    def ask(key: jax.Array, state: State, pending: Trials | None = None) -> tuple[Trials, State]:
+        del pending
+        to_move, to_scale, to_choose, to_change = jax.random.bits(key, (4, 2))
+        asked, settings = state.asked.value, state.settings
+        turn = asked + jnp.arange(batch, dtype=jnp.int32)
+        is_first = turn < n
+        # A swarm that moves as a whole always moves in order.
+        rows = jnp.arange(n, dtype=jnp.int32) if batch == n else turn % n
+        of_rows = (lambda y: y) if batch == n else (lambda y: y[rows])
+        x, v, best = map(of_rows, (state.position, state.velocity, state.best))
+        lead = leaders(topology, state.loss, state.draw, rows)
+        if topology == "global":
+            first = jnp.argmin(state.loss)
+            leader, knows = state.best[first], jnp.isfinite(state.loss[first])
+        else:
+            leader, knows = state.best[lead], jnp.isfinite(state.loss[lead])[:, None]
+        leader = jnp.broadcast_to(leader, x.shape)
+        to_best, to_leader = best, leader
+        if has_choices:
+            # What is not live there was not learned.
+            to_best = jnp.where(space.active(best) & ordered, best, x)
+            to_leader = jnp.where(space.active(leader) & ordered, leader, x)
+        r1, r2 = uniforms(to_move, (batch, dims if per_dim else 1))
+        if variant == "constriction":
+            moved = constricted(settings, x, v, to_best, to_leader, r1, r2)
+        else:
+            normal = erfinv(2 * r1 - 1)
+            normal = jnp.where(ordered, normal, 0) if has_choices else normal
+            radius, _ = uniforms(to_scale, (batch, 1))
+            moved = spherical(settings, x, v, to_best, to_leader, (lead == rows)[:, None], normal, radius)
+        # Who knows of no success has nowhere to go.
+        moved = jnp.where(knows, moved, r2 - x)
+        moved = jnp.clip(moved, -settings.max_velocity, settings.max_velocity)
+        begins = is_first[0] if batch == n else is_first[:, None]
+        moved = lax.optimization_barrier(jnp.where(begins, 0, moved)).reshape(-1)
+        unit = x.reshape(-1) + moved
+        arrives = lax.optimization_barrier(jnp.where((unit < 0) | (unit > 1), -settings.damping * moved, moved))
+        arrives = jnp.where(begins, v, arrives.reshape(x.shape))
+        unit = reflect(unit) if variant == "constriction" else jnp.clip(unit, 0, 1)
+        unit = lax.optimization_barrier(unit).reshape(x.shape)
+        if has_choices:
+            chosen, inherited = choose(space, settings, to_choose, x, best, leader)
+            inherited = inherited & ~is_first[:, None]
+            unit, arrives = jnp.where(inherited, chosen, unit), jnp.where(inherited, 0, arrives)
+        if not always_moves:
+            changed = without_repeats(space, to_change, unit, (x, best, leader))
+            unit = jnp.where(is_first[:, None], unit, changed)
+        trials = black_box(space, unit, first=asked, aux=Row(rows, is_first, arrives))
+        return trials, state._replace(asked=Count(asked + batch))
+
+    def learned(
+        state: State, unit: jax.Array, velocity: jax.Array, losses: jax.Array, told: jax.Array, moved: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """Position, velocity, best point and loss of every particle; what was told of each in its own row."""
+        better = told & (losses <= state.loss)
+        return (
+            jnp.where(moved[:, None], unit, state.position),
+            jnp.where(moved[:, None], velocity, state.velocity),
+            jnp.where(better[:, None], unit, state.best),
+            jnp.where(better, losses, state.loss),
+        )
+
+    def by_particle(state: State, trials: Trials, losses: jax.Array) -> tuple[jax.Array, ...]:
+        row, told = best_rows(trials.aux.particle, losses, trials.active, n)
+        # A point that a driver has put in the place of the first one is remembered, but the flight begins as planned.
+        moved = told & ~trials.aux.begins[row]
+        return learned(state, trials.unit[row], trials.aux.velocity[row], losses[row], told, moved)
+
+    def in_order(state: State, trials: Trials, losses: jax.Array) -> tuple[jax.Array, ...]:
+        everyone = jnp.ones(n, bool)
+        return learned(state, trials.unit, trials.aux.velocity, losses, everyone, everyone)
+
+    def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
+        del gradients
+        losses = ranked(losses.astype(state.loss.dtype))
+        if trials.active.shape[0] == n:
+            # The rows of a study do not depend on its key, so that this stays a branch under `vmap`.
+            regular = trials.active & ~trials.aux.begins & (trials.aux.particle == jnp.arange(n))
+            x, v, best, loss = lax.cond(regular.all(), in_order, by_particle, state, trials, losses)
+        else:
+            x, v, best, loss = by_particle(state, trials, losses)
+        draw, stale = state.draw, state.stale
+        if topology == "adaptive-random":
+            stale = jnp.where(loss.min() < state.loss.min(), 0, stale + trials.active.sum(dtype=jnp.int32))
+            draw = jnp.where(stale >= n, hashed_bits(draw, 2), draw)
+            stale = jnp.where(stale >= n, 0, stale)
+        return state._replace(position=x, velocity=v, best=best, loss=loss, draw=draw, stale=stale)
+
+    return init, ask, tell
+
+
+def particle_swarm(
+    space: PyTree,
+    *,
+    particles: int | None = None,
+    variant: str = "constriction",
+    topology: str | None = None,
+    per_dim: bool = True,
+    inertia: float | None = None,
+    cognitive: float | None = None,
+    social: float | None = None,
+    max_velocity: float | None = None,
+    damping: float = 0.5,
+    recall: float = 0.3,
+    imitation: float = 0.3,
+    mutation: float = 0.1,
+    batch: int = 16,
+) -> Method:
+    """Particle swarm optimization.
+
+    A particle is drawn to the best point that it has seen and to the best that its neighbourhood has seen. Integers
+    and ordinals fly like real numbers, levels being cut from the line. Choices without order are inherited from either
+    best point or drawn anew. Only comparisons of losses count, so a monotone transform of them changes nothing.
+
+    Args:
+      space: a pytree of parameters, or a `Space`.
+      particles: at least 2; they are asked for in turns. The larger of `batch` and 40 if not given; with budgets of
+        a few hundred trials, 10 find better optima.
+      variant: "constriction", in which every coordinate has random weights of its own and bounds reflect; or
+        "spso2011", which does not depend on the axes: a random point of a hypersphere, cut at the bounds.
+      topology: whose best points a particle knows. "global": everyone's, which converges fast; "ring": those of two
+        neighbours, which takes longer and finds better optima of rugged losses; "adaptive-random": those of 3 others,
+        drawn anew when a whole turn of the swarm brought nothing. If not given, "global" for "constriction" and
+        "adaptive-random" for "spso2011".
+      per_dim: of "constriction", whether the random weights differ between the coordinates of a particle; without, a
+        generation takes half the time, and the swarm stays in the plane of its points.
+      inertia: share of the velocity that is kept, in [0, 1]; 0.7298 (0.7213 for "spso2011") if not given.
+      cognitive: pull of the particle's own best point, in [0, 4]; 1.496 (1.193) if not given.
+      social: pull of the neighbourhood's best point, in [0, 4]; 1.496 (1.193) if not given.
+      max_velocity: of a coordinate, in widths of the space, in [0, 1]; 0.5 (1) if not given.
+      damping: share of its velocity, turned round, that a particle has after it has hit a bound, in [0, 1].
+      recall: chance that a choice without order is taken from the particle's own best point, in [0, 1].
+      imitation: chance that it is taken from its neighbourhood's best point, in [0, 1].
+      mutation: chance that it is drawn anew, in [0, 1]. The three may be 1 together.
+      batch: trials per ask.
+
+    Returns:
+      A `Method`.
+
+    Raises:
+      ValueError, TypeError: an argument is out of its range.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> swarm = hpo.particle_swarm({"x": hpo.Array(3, -5.0, 5.0)}, particles=16)
+      >>> loss = lambda key, hparams: (hparams["x"] ** 2).sum()
+      >>> hpo.minimize(loss, swarm, key=jax.random.key(0), rounds=60).best_loss < 1e-4
+      True
+
+    Reference:
+      Clerc and Kennedy (2002), The particle swarm: explosion, stability, and convergence in a multidimensional complex
+      space. Zambrano-Bigiarini, Clerc and Rojas (2013), Standard Particle Swarm Optimisation 2011 at CEC-2013.
+    """
+    space, batch = Space.of(space), whole("batch", batch, 1)
+    n = max(batch, 40) if particles is None else whole("particles", particles, 2, "one alone has nobody to follow")
+    variant = _one_of("variant", variant, list(DEFAULTS))
+    topology = TOPOLOGIES[variant] if topology is None else topology
+    topology = _one_of("topology", topology, ["global", "ring", "adaptive-random"])
+    if variant == "spso2011" and not per_dim:
+        raise ValueError("per_dim=False is of variant='constriction' only, 'spso2011' has no weights; leave it out")
+    given = {"inertia": inertia, "cognitive": cognitive, "social": social, "max_velocity": max_velocity}
+    highest = {"inertia": 1, "cognitive": 4, "social": 4, "max_velocity": 1}
+    numbers = {
+        name: default if given[name] is None else real(name, given[name], 0, highest[name])
+        for name, default in DEFAULTS[variant].items()
+    }
+    chances = {"recall": recall, "imitation": imitation, "mutation": mutation}
+    chances = {name: real(name, value, 0, 1) for name, value in chances.items()}
+    if sum(chances.values()) > 1 + 1e-6:
+        raise ValueError(f"recall, imitation and mutation must be at most 1 together, got {chances}; lower one of them")
+    numbers |= {"damping": real("damping", damping, 0, 1), **chances}
+    settings = Settings(**{name: jnp.asarray(value, working_dtype()) for name, value in numbers.items()})
+    init, ask, tell = _functions(space, n, variant, topology, bool(per_dim), batch)
+    return Method("particle_swarm", space, settings, Initializer(init, settings), ask, tell, batch)
+
+
+def _one_of(name: str, value: Any, options: list[str]) -> str:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {options}, got {value!r}")
+    return value
