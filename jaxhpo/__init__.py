@@ -14,7 +14,7 @@ from jaxhpo.trainable import Trainable
 # How it is searched.
 from jaxhpo.bandit import hyperband, successive_halving
 from jaxhpo.exhaustive import grid
-from jaxhpo.population import cma_es, differential_evolution, genetic, islands
+from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm
 from jaxhpo.sequential import coordinate_descent
 from jaxhpo.stochastic import annealing, quasirandom, random
 
@@ -58,6 +58,7 @@ __all__ = [
     "hyperband",
     "islands",
     "minimize",
+    "particle_swarm",
     "quasirandom",
     "random",
     "select_optimizer",

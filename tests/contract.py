@@ -16,7 +16,7 @@ import jaxhpo as hpo
 from jaxhpo.bandit import hyperband, successive_halving
 from jaxhpo.exhaustive import grid
 from jaxhpo.method import Method, Trials
-from jaxhpo.population import cma_es, differential_evolution, genetic, islands
+from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm
 from jaxhpo.sequential import coordinate_descent
 from jaxhpo.stochastic import annealing, quasirandom, random
 
@@ -51,6 +51,8 @@ CASES = [
     Case("genetic", lambda space: genetic(space, population=7, batch=5)),
     Case("genetic-rank", lambda space: genetic(space, population=4, selection="rank", crossover="sbx", batch=5)),
     Case("islands", lambda space: islands(genetic(space, population=6, batch=3), 2, every=2)),
+    Case("particle_swarm", lambda space: particle_swarm(space, particles=5, batch=5)),
+    Case("particle_swarm-spso2011", lambda space: particle_swarm(space, particles=7, variant="spso2011", batch=5)),
 ]
 NAMES = [case.name for case in CASES]
 

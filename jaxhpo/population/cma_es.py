@@ -339,7 +339,7 @@ def cma_es(
     active: bool = True,
     margin: bool = True,
     restarts: str | None = "bipop",
-    sigma: float = 0.25,
+    sigma: float = 0.2,
     batch: int = 16,
 ) -> Method:
     """CMA-ES: learns the scales of the coordinates and their correlations, from the ranks of losses alone.
@@ -402,7 +402,7 @@ def cma_es(
     for name, flag in {"active": active, "margin": margin}.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
-    sigma = real("sigma", sigma, 1e-6, 1, "it is a standard deviation in the unit cube, such as 0.25")
+    sigma = real("sigma", sigma, 1e-6, 1, "it is a standard deviation in the unit cube, such as 0.2")
     layout = Layout(population, elites, batch, covariance == "separable", active, margin, restarts)
     init, ask, tell = _functions(space, layout)
     settings = Settings(*(jnp.asarray(x, working_dtype()) for x in (sigma, 1, TOLERANCE)))

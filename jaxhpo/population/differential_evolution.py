@@ -232,7 +232,7 @@ def _functions(
             memory=fresh(first_memory(state.settings), state.memory),
         )
 
-    def adaptive(state: State, member: jax.Array, members: jax.Array, u: jax.Array) -> tuple:
+    def adaptive(state: State, member: jax.Array, members: jax.Array, u: list[jax.Array]) -> tuple:
         """Weights, rates, and what they mix: current-to-pbest/1, the last of the four from population or archive."""
         entry = (u[0] * MEMORY).astype(jnp.int32)
         weight = draw_weights(u[1], state.memory.weight[entry])
@@ -248,7 +248,7 @@ def _functions(
         parent = state.unit[member]
         return weight, rate, parent, [(leader, parent), (state.unit[first], away)]
 
-    def classic(state: State, member: jax.Array, members: jax.Array, u: jax.Array) -> tuple:
+    def classic(state: State, member: jax.Array, members: jax.Array, u: list[jax.Array]) -> tuple:
         """The same of rand/1 and best/1, whose weight and rate are settings."""
         weight, rate = (jnp.full(batch, x) for x in (state.settings.weight, state.settings.crossover_rate))
         if strategy == "best/1/bin":

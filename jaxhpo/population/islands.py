@@ -58,12 +58,12 @@ def _is_count(x: PyTree) -> bool:
 
 def with_counts(state: PyTree, counts: PyTree) -> PyTree:
     """`state` with the counts of another state of the same method."""
-    return jax.tree.map(lambda x, y: y if _is_count(x) else x, state, counts, is_leaf=_is_count)
+    return jax.tree.map(lambda x, y: x if _is_count(x) else y, counts, state, is_leaf=_is_count)
 
 
 def without_counts(state: PyTree) -> PyTree:
     """`state` with nothing in the place of its counts."""
-    return jax.tree.map(lambda x: Count(None) if _is_count(x) else x, state, is_leaf=_is_count)
+    return jax.tree.map(lambda x: () if _is_count(x) else x, state, is_leaf=_is_count)
 
 
 def turns(island: jax.Array, active: jax.Array, islands: int) -> jax.Array:

@@ -6,8 +6,11 @@ Kennedy and Eberhart (1995), Particle swarm optimization. The two update rules:
 multidimensional complex space, IEEE TEC 6(1), with the velocity clamp of Eberhart and Shi (2000), Comparing inertia
 weights and constriction factors in particle swarm optimization. The coefficients chi and phi/2 are multiplied out.
 
-"spso2011": Clerc (2012), Standard Particle Swarm Optimisation (hal-00764996), sections 3 and 4; Zambrano-Bigiarini,
-Clerc and Rojas (2013), Standard Particle Swarm Optimisation 2011 at CEC-2013, equation numbers below.
+"spso2011": Clerc (2012), Standard Particle Swarm Optimisation (hal-00764996); Zambrano-Bigiarini, Clerc and Rojas
+(2013), Standard Particle Swarm Optimisation 2011 at CEC-2013: a baseline for future PSO improvements. In the standard
+each particle informs 3 others; here each is informed by 3.
+
+Both move by `flight`. A particle that has heard of no success walks at random, since there is nothing to follow.
 """
 
 import functools
@@ -17,18 +20,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.scipy.special import erfinv
 
 from jaxhpo.checks import real, whole
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.modules import hashed_bits
+from jaxhpo.population.flight import (
+    Settings,
+    choose,
+    constricted,
+    leaders,
+    spherical,
+    uniforms,
+    without_repeats,
+)
 from jaxhpo.space import Space, working_dtype
-from jaxhpo.variation import another_level, best_rows, latin_hypercube, levels, reflect, with_subtrees
+from jaxhpo.variation import best_rows, latin_hypercube, reflect
 
-INFORMANTS = 3
-# Multiplied out, chi = 0.7298 and phi = 4.1; the other rule's are those of section 4.
+# Multiplied out, chi = 0.7298 and phi = 4.1; the other rule's are those of the standard.
 DEFAULTS = {
     "constriction": {"inertia": 0.7298, "cognitive": 0.7298 * 2.05, "social": 0.7298 * 2.05, "max_velocity": 0.5},
     "spso2011": {
@@ -39,27 +49,6 @@ DEFAULTS = {
     },
 }
 TOPOLOGIES = {"constriction": "global", "spso2011": "adaptive-random"}
-
-
-class Settings(NamedTuple):
-    """Numeric settings of a particle swarm."""
-
-    inertia: jax.Array
-    """float[]: share of the velocity that is kept, w"""
-    cognitive: jax.Array
-    """float[]: pull of the particle's own best point, c1"""
-    social: jax.Array
-    """float[]: pull of the best point in its neighbourhood, c2"""
-    max_velocity: jax.Array
-    """float[]: of each coordinate, in widths of the space"""
-    damping: jax.Array
-    """float[] in [0, 1]: share of the velocity that is left, turned round, after a bound was hit"""
-    recall: jax.Array
-    """float[] in [0, 1]: chance that a choice without order is taken from the particle's own best point"""
-    imitation: jax.Array
-    """float[] in [0, 1]: chance that it is taken from the neighbourhood's best point"""
-    mutation: jax.Array
-    """float[] in [0, 1]: chance that it is drawn anew"""
 
 
 class State(NamedTuple):
@@ -91,107 +80,6 @@ class Row(NamedTuple):
     """bool[batch]: whether it is its first point"""
     velocity: jax.Array
     """float[batch, dims]: its velocity on arrival"""
-
-
-def uniforms(seed: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Two independent arrays of uniform numbers at 2^16 values each, never 0 or 1.
-
-    By hashing a counter: threefry would take several times as long as the rest of a generation.
-
-    Args:
-      seed: u32[2], drawn afresh by `jax.random.bits` for every call.
-      shape: of both.
-    """
-    # Worked out once, and as one long array: XLA takes several times as long for short rows.
-    bits = lax.optimization_barrier(hashed_bits(seed, math.prod(shape))).reshape(shape)
-    middle = lambda x: (x.astype(jnp.int32).astype(working_dtype()) + 0.5) * 2.0**-16  # noqa: E731
-    return middle(bits >> 16), middle(bits & 0xFFFF)
-
-
-def constricted(
-    settings: Settings, x: jax.Array, v: jax.Array, best: jax.Array, leader: jax.Array, r1: jax.Array, r2: jax.Array
-) -> jax.Array:
-    """The next velocity by Clerc and Kennedy (2002), float[batch, dims] like all arguments."""
-    return settings.inertia * v + settings.cognitive * r1 * (best - x) + settings.social * r2 * (leader - x)
-
-
-def spherical(
-    settings: Settings,
-    x: jax.Array,
-    v: jax.Array,
-    best: jax.Array,
-    leader: jax.Array,
-    leads: jax.Array,
-    normal: jax.Array,
-    radius: jax.Array,
-) -> jax.Array:
-    """The next velocity by SPSO-2011: a point of the hypersphere around the centre of gravity of three points.
-
-    Args:
-      settings: of the swarm.
-      x, v, best, leader: float[batch, dims], the three points and the velocity.
-      leads: bool[batch, 1], whether the particle itself is the best of its neighbourhood.
-      normal: float[batch, dims], the direction; 0 in dims that have no part in it.
-      radius: float[batch, 1] in [0, 1], share of the distance between x and the centre.
-    """
-    pulls = settings.cognitive * (best - x) + jnp.where(leads, 0, settings.social * (leader - x))
-    to_centre = pulls / jnp.where(leads, 2, 3)  # G - x, eqs. 7 and 8
-    norm = lambda y: jnp.sqrt((y * y).sum(1, keepdims=True))  # noqa: E731
-    scale = radius * norm(to_centre) / jnp.maximum(norm(normal), jnp.finfo(x.dtype).tiny)
-    return settings.inertia * v + to_centre + scale * normal  # eq. 9
-
-
-def informants(draw: jax.Array, particles: int) -> jax.Array:
-    """Whom else each particle asks for its best point: i32[particles, 3], drawn with replacement."""
-    bits = hashed_bits(draw, particles * INFORMANTS)
-    return (bits % particles).astype(jnp.int32).reshape(particles, INFORMANTS)
-
-
-def leaders(topology: str, loss: jax.Array, draw: jax.Array, rows: jax.Array) -> jax.Array:
-    """The particle in the neighbourhood of each of `rows` that has the best point, itself among equals: i32[batch]."""
-    n = loss.shape[0]
-    if topology == "global":
-        first = jnp.argmin(loss)
-        return jnp.where(loss[first] < loss[rows], first, rows)
-    if topology == "ring":
-        others = jnp.stack([(rows - 1) % n, (rows + 1) % n], axis=1)
-    else:
-        others = informants(draw, n)[rows]
-    neighbours = jnp.concatenate([rows[:, None], others], axis=1)
-    at = jnp.argmin(loss[neighbours], axis=1)
-    return jnp.take_along_axis(neighbours, at[:, None], axis=1)[:, 0]
-
-
-def choose(
-    space: Space, settings: Settings, seed: jax.Array, x: jax.Array, best: jax.Array, leader: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Choices without order, which cannot be moved: kept, inherited together with what is below them, or drawn anew.
-
-    Returns:
-      float[batch, dims], `x` with the new choices; bool[batch, dims], the choices and all that came with them.
-    """
-    at = np.flatnonzero(space.categorical)
-    chance, level = uniforms(seed, (x.shape[0], len(at)))
-    wish = lambda mask: jnp.zeros(x.shape, bool).at[:, at].set(mask)  # noqa: E731
-    recalls, imitates = chance < settings.recall, chance < settings.recall + settings.imitation
-    mutates = chance < settings.recall + settings.imitation + settings.mutation
-    from_best = with_subtrees(space, wish(recalls), x, best)
-    child = jnp.where(from_best, best, x)
-    from_leader = with_subtrees(space, wish(imitates & ~recalls), child, leader)
-    child = jnp.where(from_leader, leader, child)
-    child = child.at[:, at].set(jnp.where(mutates & ~imitates, level, child[:, at]))
-    return child, from_best | from_leader | space.categorical
-
-
-def without_repeats(space: Space, seed: jax.Array, unit: jax.Array, known: tuple[jax.Array, ...]) -> jax.Array:
-    """`unit` with another level in one live dim wherever it decodes to one of the `known` points of its row."""
-    level, live = levels(space, unit), space.active(unit)
-    equals = lambda y: jnp.where(space.levels > 0, level == levels(space, y), unit == y) | ~live  # noqa: E731
-    repeats = functools.reduce(jnp.logical_or, [equals(y).all(1) for y in known])
-    which, to = uniforms(seed, unit.shape)
-    dim = jnp.argmax(jnp.where(live & (space.levels > 1), which, 0), axis=1)
-    here = repeats[:, None] & (jnp.arange(space.dims) == dim[:, None])
-    return jnp.where(here, another_level(space, unit, to), unit)
 
 
 @functools.lru_cache(maxsize=256)
@@ -240,10 +128,10 @@ def _functions(
             normal = jnp.where(ordered, normal, 0) if has_choices else normal
             radius, _ = uniforms(to_scale, (batch, 1))
             moved = spherical(settings, x, v, to_best, to_leader, (lead == rows)[:, None], normal, radius)
-        # Who knows of no success has nowhere to go.
-        moved = jnp.where(knows, moved, r2 - x)
+        moved = jnp.where(knows, moved, r2 - 0.5)
         moved = jnp.clip(moved, -settings.max_velocity, settings.max_velocity)
         begins = is_first[0] if batch == n else is_first[:, None]
+        # Barriers and long arrays: see `flight.uniforms`.
         moved = lax.optimization_barrier(jnp.where(begins, 0, moved)).reshape(-1)
         unit = x.reshape(-1) + moved
         arrives = lax.optimization_barrier(jnp.where((unit < 0) | (unit > 1), -settings.damping * moved, moved))
@@ -335,7 +223,7 @@ def particle_swarm(
         drawn anew when a whole turn of the swarm brought nothing. If not given, "global" for "constriction" and
         "adaptive-random" for "spso2011".
       per_dim: of "constriction", whether the random weights differ between the coordinates of a particle; without, a
-        generation takes half the time, and the swarm stays in the plane of its points.
+        generation costs less, and a particle moves in the plane of its velocity and its two pulls.
       inertia: share of the velocity that is kept, in [0, 1]; 0.7298 (0.7213 for "spso2011") if not given.
       cognitive: pull of the particle's own best point, in [0, 4]; 1.496 (1.193) if not given.
       social: pull of the neighbourhood's best point, in [0, 4]; 1.496 (1.193) if not given.

@@ -80,16 +80,17 @@ def next_run(run: Run, uniforms: jax.Array, population: int, restarts: str) -> t
     Returns:
       The run, and the factor of its first step size, float[].
     """
-    spent = run.spent + jnp.where(run.is_small, jnp.array([0, 1]), jnp.array([1, 0])) * run.told
+    counts = jnp.stack([~run.is_small, run.is_small]).astype(jnp.int32)
+    spent = run.spent + counts * run.told
     is_small = jnp.asarray(restarts == "bipop") & (spent[1] < spent[0])
-    doublings = jnp.minimum(run.doublings + ~is_small, DOUBLINGS)
-    large = jnp.minimum(population * 2**doublings, largest(population, restarts))
+    doublings = jnp.minimum(run.doublings + ~is_small, DOUBLINGS).astype(jnp.int32)
+    large = jnp.minimum(population * 2**doublings, largest(population, restarts)).astype(jnp.int32)
     ratio = jnp.maximum(large / (2 * population), 1).astype(uniforms.dtype)
     small = jnp.floor(population * ratio ** (uniforms[0] ** 2)).astype(jnp.int32)
     most_small = jnp.maximum(jnp.where(run.is_small, run.most, run.told) // 2, 10 * population)
     fresh = first_run(population)._replace(
         population=jnp.where(is_small, small, large),
-        most=jnp.where(is_small, most_small, 2**30),
+        most=jnp.where(is_small, most_small, 2**30).astype(jnp.int32),
         is_small=is_small,
         doublings=doublings,
         spent=spent,

@@ -209,7 +209,10 @@ def _functions(space: Space, chains: int, schedule: str, batch: int) -> tuple[Ca
         told, steps, accepted = (of_chains(x.astype(dtype), chain) for x in (trials.active, walks, would))
 
         if chains == 1:
-            best, has_row = jnp.argmin(losses)[None], trials.active.any()[None]
+            # A row that failed is still a row, and padding is none.
+            told_loss = jnp.minimum(losses, jnp.finfo(dtype).max)
+            best = jnp.argmin(jnp.where(trials.active, told_loss, jnp.inf))[None]
+            has_row = trials.active.any()[None]
         else:
             best, has_row = best_rows(chain, losses, trials.active, chains)
         unit, loss = trials.unit.astype(dtype)[best], losses[best]
@@ -278,10 +281,10 @@ def annealing(space: PyTree, *, chains: int | None = None, schedule: str = "ladd
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {schedule!r}")
     values = dict(
-        temperature=0.2,
+        temperature=0.1,
         final=1e-3,
-        cooling=0.5,
-        target=0.25,
+        cooling=1.0,
+        target=0.3,
         adaptation=0.7,
         step=0.5,
         change=0.5,

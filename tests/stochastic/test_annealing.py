@@ -336,6 +336,18 @@ def test_chains_without_a_finite_loss_start_afresh_until_they_have_one():
     np.testing.assert_array_equal(state.unit, trials.unit[jnp.array([2, 3])])
 
 
+def test_of_one_chain_a_failed_row_after_padding_is_what_was_rejected():
+    method = annealing(REALS, chains=1, batch=2)
+    _, told = run(method, method.settings, bowl, 3)
+    trials, state = jitted(method.ask)(jax.random.key(9), told[-1])
+    aux = trials.aux._replace(may_turn=jnp.ones(2, bool))
+    unit = jnp.stack([jnp.full(3, jnp.nan), trials.unit[1]])
+    rows = trials._replace(unit=unit, active=jnp.array([False, True]), aux=aux)
+    after = jitted(method.tell)(state, rows, jnp.array([0.0, jnp.nan]))
+    assert after.turns.all() and after.loss == state.loss
+    np.testing.assert_array_equal(after.turn[0], state.unit[0] - trials.unit[1])
+
+
 DEGENERATE = {
     "one dim": {"x": hpo.Float(0.0, 1.0)},
     "levels": {"a": hpo.Categorical(("x", "y")), "n": hpo.Int(0, 1), "o": hpo.Ordinal((1, 2, 3))},
