@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen, nnx
 
-from jaxhpo.modules import hashed_bits, scramble
+from jaxhpo.draws import hashed_bits, scramble
 from jaxhpo.space import Branches
 from jaxhpo.trainable import Trainable
 

@@ -6,9 +6,6 @@ statistics and norms of the parameters are those of the small network alone. The
 network, whatever the width.
 
 Also what such networks are made of, for modules of your own: `activation`, `dropout`.
-
-Reference:
-  C. Wellons, "Prospecting for Hash Functions", 2018: the constants of `scramble`, there called lowbias32.
 """
 
 import math
@@ -20,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike
+
+from jaxhpo.draws import hashed_bits
 
 PyTree = Any
 
@@ -64,24 +63,6 @@ def _function(name: str | Callable) -> Callable[[jax.Array], jax.Array]:
     if function is None:
         raise ValueError(f"activation {name!r} is not in jax.nn; pass the function itself")
     return function
-
-
-def scramble(x: jax.Array) -> jax.Array:
-    """A bijective hash of u32[...] that changes about half the bits when one bit of `x` does."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-def hashed_bits(seed: jax.Array, size: int) -> jax.Array:
-    """Random bits by hashing a counter, u32[size], for masks and orders: eight times cheaper than `jax.random.bits`.
-
-    Args:
-      seed: u32[2], drawn afresh by `jax.random.bits` for every call.
-      size: how many.
-    """
-    counter = jax.lax.iota(jnp.uint32, size) * jnp.uint32(0x9E3779B9)
-    return scramble(scramble(counter + seed[0]) ^ seed[1])
 
 
 def _never(rate: ArrayLike) -> bool:

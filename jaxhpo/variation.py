@@ -1,15 +1,15 @@
-"""What methods that move points share: bounds by reflection, cheap random numbers, and what is inherited together.
+"""What methods that move points share: bounds by reflection, moves between levels, and what is inherited together.
 
 All of it works on points of the unit cube, whole populations at a time.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo.space import Space, working_dtype
+from jaxhpo.draws import bits, uniform
+from jaxhpo.draws import two_uniforms as two_uniforms
+from jaxhpo.space import Space
 
 
 def reflect(unit: jax.Array) -> jax.Array:
@@ -23,35 +23,6 @@ def reflect(unit: jax.Array) -> jax.Array:
     """
     folded = jnp.abs(unit - 2 * jnp.round(unit / 2))
     return jnp.minimum(folded, 1)
-
-
-def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`jax.random.bits` of 32 bits, the same numbers: u32[shape].
-
-    Drawn as one row: on CPU, XLA computes the counter of an array with a short last axis one by one, which makes most
-    of a generation's work ten times slower.
-    """
-    return jax.random.bits(key, (math.prod(shape),), jnp.uint32).reshape(shape)
-
-
-def uniforms(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`jax.random.uniform` drawn as one row: float[shape] in [0, 1)."""
-    return jax.random.uniform(key, (math.prod(shape),), working_dtype()).reshape(shape)
-
-
-def normals(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`jax.random.normal` drawn as one row: float[shape]."""
-    return jax.random.normal(key, (math.prod(shape),), working_dtype()).reshape(shape)
-
-
-def two_uniforms(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Two independent arrays of uniform numbers from one draw of 32 bits, at 2^16 values each, never 0 or 1.
-
-    Drawing random numbers is most of the work of a generation, and 16 bits are enough for weights and decisions.
-    """
-    drawn = bits(key, shape)
-    middle = lambda x: (x.astype(jnp.int32).astype(working_dtype()) + 0.5) * 2.0**-16  # noqa: E731
-    return middle(drawn >> 16), middle(drawn & 0xFFFF)
 
 
 def levels(space: Space, unit: jax.Array) -> jax.Array:
@@ -93,7 +64,7 @@ def latin_hypercube(key: jax.Array, n: int, dims: int) -> jax.Array:
     """
     key_order, key_within = jax.random.split(key)
     order = jnp.argsort(bits(key_order, (n, dims)), axis=0)
-    return (order + uniforms(key_within, (n, dims))) / n
+    return (order + uniform(bits(key_within, (n, dims)))) / n
 
 
 def another_level(space: Space, unit: jax.Array, uniform: jax.Array) -> jax.Array:

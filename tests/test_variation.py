@@ -1,11 +1,10 @@
 """Moves in the unit cube."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxhpo as hpo
-from jaxhpo.variation import levels, reflect, two_uniforms, with_subtrees
+from jaxhpo.variation import levels, reflect, with_subtrees
 
 NESTED = hpo.Space(
     {
@@ -24,15 +23,6 @@ def test_reflection_is_a_triangular_wave():
     np.testing.assert_allclose(reflect(jnp.asarray(x)), wave, atol=2e-6)
     extreme = np.asarray(reflect(jnp.array([0.0, 1.0, 2.0, -1.0, 1e9, -3e38, 1 + 1e-7])))
     assert ((extreme >= 0) & (extreme <= 1)).all() and extreme[:4].tolist() == [0, 1, 0, 1]
-
-
-def test_two_uniforms_are_uniform_and_independent():
-    u, v = two_uniforms(jax.random.key(0), (200, 500))
-    for x in (u, v):
-        counts = np.histogram(x, 10, (0, 1))[0]
-        assert ((counts - 10_000) ** 2 / 10_000).sum() < 27.9  # chi-squared with 9 degrees of freedom, p = 0.001
-        assert x.min() > 0 and x.max() < 1
-    assert abs(np.corrcoef(u.ravel(), v.ravel())[0, 1]) < 0.011
 
 
 def test_a_switch_carries_its_subtree_along():

@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 
 from jaxhpo.checks import real, whole
+from jaxhpo.draws import two_uniforms
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.variation import (
@@ -29,7 +30,6 @@ from jaxhpo.variation import (
     best_rows,
     latin_hypercube,
     levels,
-    two_uniforms,
     with_subtrees,
 )
 

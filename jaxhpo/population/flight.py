@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxhpo.modules import hashed_bits
-from jaxhpo.space import Space, working_dtype
+from jaxhpo.draws import halves, hashed_bits
+from jaxhpo.space import Space
 from jaxhpo.variation import another_level, levels, with_subtrees
 
 INFORMANTS = 3
@@ -43,18 +43,14 @@ class Settings(NamedTuple):
 
 
 def uniforms(seed: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Two independent arrays of uniform numbers at 2^16 values each, never 0 or 1.
-
-    By hashing a counter: threefry would take several times as long as the rest of a generation.
+    """Two independent arrays of uniform numbers in (0, 1), hashed: threefry would take longer than all else.
 
     Args:
       seed: u32[2], drawn afresh by `jax.random.bits` for every call.
       shape: of both.
     """
     # Worked out once, and as one long array: XLA takes several times as long for short rows.
-    bits = lax.optimization_barrier(hashed_bits(seed, math.prod(shape))).reshape(shape)
-    middle = lambda x: (x.astype(jnp.int32).astype(working_dtype()) + 0.5) * 2.0**-16  # noqa: E731
-    return middle(bits >> 16), middle(bits & 0xFFFF)
+    return halves(lax.optimization_barrier(hashed_bits(seed, math.prod(shape))).reshape(shape))
 
 
 def constricted(

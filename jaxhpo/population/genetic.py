@@ -18,9 +18,10 @@ import numpy as np
 from jax import lax
 
 from jaxhpo.checks import real, whole
+from jaxhpo.draws import two_uniforms
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.space import Space, working_dtype
-from jaxhpo.variation import another_level, best_rows, latin_hypercube, reflect, two_uniforms, with_subtrees
+from jaxhpo.variation import another_level, best_rows, latin_hypercube, reflect, with_subtrees
 
 SELECTIONS = ("tournament", "rank")
 CROSSOVERS = ("blend", "sbx")

@@ -24,8 +24,8 @@ from jax import lax
 from jax.scipy.special import erfinv
 
 from jaxhpo.checks import real, whole
+from jaxhpo.draws import hashed_bits
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
-from jaxhpo.modules import hashed_bits
 from jaxhpo.population.flight import (
     Settings,
     choose,

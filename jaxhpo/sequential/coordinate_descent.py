@@ -16,10 +16,11 @@ import numpy as np
 from jax import lax
 
 from jaxhpo.checks import whole
+from jaxhpo.draws import two_uniforms
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.sequential.line import Bracket, Lines, Told, along, close, lines, points, reopen, unknown
 from jaxhpo.space import Space, working_dtype
-from jaxhpo.variation import best_rows, latin_hypercube, levels, reflect, two_uniforms
+from jaxhpo.variation import best_rows, latin_hypercube, levels, reflect
 
 GOLDEN = (5**0.5 - 1) / 2
 ROWS_A_START = 4

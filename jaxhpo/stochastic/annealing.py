@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxhpo.checks import whole
+from jaxhpo.draws import halves, hashed_bits, uniform
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
-from jaxhpo.modules import hashed_bits
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.stochastic.metropolis import Spread, accepts, exchanges, follows, spread_of
-from jaxhpo.stochastic.walk import proposals, starts, two_uniforms, uniform
+from jaxhpo.stochastic.walk import proposals, starts
 from jaxhpo.variation import best_rows
 
 SCHEDULES = ("ladder", "reheat")
@@ -149,7 +149,7 @@ def _functions(space: Space, chains: int, schedule: str, batch: int) -> tuple[Ca
 
     def followed(seed: jax.Array, state: State) -> State:
         bits = hashed_bits(seed, chains + 1)
-        decide, attempt = two_uniforms(bits[:chains])
+        decide, attempt = halves(bits[:chains])
         other = (jnp.arange(chains) + 1 + (uniform(bits[chains]) * (chains - 1)).astype(jnp.int32)) % chains
         temperature = ladder(state.settings, state.rung, state.age, chains)
         goes = follows(temperature, state.loss, state.loss[other], decide, state.spread)
@@ -162,7 +162,7 @@ def _functions(space: Space, chains: int, schedule: str, batch: int) -> tuple[Ca
         )
 
     def exchanged(seed: jax.Array, state: State) -> State:
-        decide, attempt = two_uniforms(hashed_bits(seed, chains))
+        decide, attempt = halves(hashed_bits(seed, chains))
         odd = (state.asked.value // batch) % 2
         temperature = ladder(state.settings, state.rung, state.age, chains)
         swaps, other = exchanges(temperature, state.loss, state.rung, decide, odd, state.spread)
@@ -180,7 +180,7 @@ def _functions(space: Space, chains: int, schedule: str, batch: int) -> tuple[Ca
         asked, number = state.asked.value, jnp.arange(batch, dtype=jnp.int32)
         chain = (asked + number) % chains
         bits = hashed_bits(seeds[2], batch * dims).reshape(batch, dims)
-        (decide, turning), (pick, _) = two_uniforms(hashed_bits(seeds[3], 2 * batch).reshape(2, batch))
+        (decide, turning), (pick, _) = halves(hashed_bits(seeds[3], 2 * batch).reshape(2, batch))
 
         unit = of_rows(state.unit, chain)
         rate = jnp.where(space.categorical, state.settings.switch, state.settings.change)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhpo.draws import uniform
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.variation import another_level, latin_hypercube, levels, reflect
 
@@ -12,17 +13,6 @@ def triangular(bits: jax.Array) -> jax.Array:
     """Numbers in (-1, 1), the likelier the nearer to 0, from the upper 24 of 32 bits: the sum of two uniform ones."""
     total = ((bits >> 20) + ((bits >> 8) & 0xFFF)).astype(jnp.int32)
     return (total - 4095).astype(working_dtype()) * 2.0**-12
-
-
-def uniform(bits: jax.Array) -> jax.Array:
-    """Numbers in (0, 1) from the upper 23 of 32 bits."""
-    return ((bits >> 9).astype(jnp.int32).astype(working_dtype()) + 0.5) * 2.0**-23
-
-
-def two_uniforms(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two independent arrays of numbers in (0, 1) from 32 bits."""
-    middle = lambda x: (x.astype(jnp.int32).astype(working_dtype()) + 0.5) * 2.0**-16  # noqa: E731
-    return middle(bits >> 16), middle(bits & 0xFFFF)
 
 
 def starts(space: Space, key: jax.Array, chains: int) -> jax.Array:

@@ -9,8 +9,8 @@ import pytest
 from scipy.special import ndtri
 
 import jaxhpo as hpo
+from jaxhpo.draws import two_uniforms
 from jaxhpo.population.differential_evolution import Row, draw_weights, others
-from jaxhpo.variation import two_uniforms
 
 DIMS, MEMBERS = 3, 8
 CUBE = hpo.Space({"x": hpo.Array(DIMS, -1.0, 1.0)})

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import jaxhpo as hpo
+from jaxhpo.draws import halves, uniform
 from jaxhpo.method import black_box
 from jaxhpo.stochastic.annealing import Row, Settings, annealing, ladder
 from jaxhpo.stochastic.metropolis import Spread, accepts, exchanges, follows
-from jaxhpo.stochastic.walk import proposals, repaired, starts, triangular, two_uniforms, uniform
+from jaxhpo.stochastic.walk import proposals, repaired, starts, triangular
 
 REALS = hpo.Space({"x": hpo.Array(3, -1.0, 1.0)})
 MIXED = hpo.Space(
@@ -223,7 +224,7 @@ def test_at_fixed_temperatures_levels_are_visited_as_boltzmann_says(schedule, ex
 
 def test_random_numbers_have_their_distributions():
     drawn = bits(0, 100_000)
-    step, u, (a, b) = np.asarray(triangular(drawn)), np.asarray(uniform(drawn)), two_uniforms(drawn)
+    step, u, (a, b) = np.asarray(triangular(drawn)), np.asarray(uniform(drawn)), halves(drawn)
     assert step.min() > -1 and step.max() < 1
     np.testing.assert_allclose([step.mean(), step.var(), np.abs(step).mean()], [0, 1 / 6, 1 / 3], atol=0.005)
     for x in (u, np.asarray(a), np.asarray(b)):
