@@ -57,6 +57,62 @@ def with_subtrees(space: Space, take: jax.Array, mine: jax.Array, yours: jax.Arr
     return take
 
 
+def differs(space: Space, a: jax.Array, b: jax.Array, live: jax.Array | None) -> jax.Array:
+    """Whether two points decode to something else: bool[n] for float[n, dims].
+
+    Args:
+      space: whose points they are.
+      a: float[n, dims].
+      b: float[n, dims].
+      live: bool[n, dims], the dims that count; all if not given.
+    """
+    other, has_levels = a != b, np.flatnonzero(space.levels)
+    if has_levels.size:
+        other = other.at[..., has_levels].set(space.level(a) != space.level(b))
+    return (other if live is None else other & live).any(-1)
+
+
+def one_dim(space: Space, live: jax.Array | None, uniform: jax.Array) -> jax.Array:
+    """A dim of each row that can change, any of those with the same chance: bool[n, dims], all False where none can.
+
+    Args:
+      space: whose dims they are.
+      live: bool[n, dims], the dims that count; all if not given.
+      uniform: float[n] in [0, 1).
+    """
+    changeable = np.flatnonzero(space.levels != 1)
+    if live is not None:
+        free = live & (space.levels != 1)
+        turn = jnp.cumsum(free, axis=1)
+        return free & (turn == 1 + (uniform * turn[:, -1]).astype(jnp.int32)[:, None])
+    if not changeable.size:
+        return jnp.zeros((*uniform.shape, space.dims), bool)
+    index = jnp.asarray(changeable)[(uniform * changeable.size).astype(jnp.int32)]
+    return jnp.arange(space.dims) == index[:, None]
+
+
+def collapsed(
+    space: Space, unit: jax.Array, loss: jax.Array, tolerance: jax.Array, is_member: jax.Array | None = None
+) -> jax.Array:
+    """Whether all members are one point, in the dims that are live: bool[]; not before all have a finite loss.
+
+    Args:
+      space: whose points they are.
+      unit: float[population, dims].
+      loss: float[population], +inf where none is known.
+      tolerance: float[], range in a real dim below which it counts as one.
+      is_member: bool[population], the rows that count, the first one among them; all if not given.
+    """
+    counts = jnp.ones(loss.shape, bool) if is_member is None else is_member
+    inside = lambda x: jnp.where(counts[:, None], x, x[0])  # noqa: E731
+    has_levels = np.flatnonzero(space.levels)
+    apart = inside(unit).max(0) - inside(unit).min(0) >= tolerance
+    if has_levels.size:
+        level = inside(space.level(unit))
+        apart = apart.at[has_levels].set((level != level[0]).any(0))
+    return (jnp.isfinite(loss) | ~counts).all() & ~(apart & space.active(unit[0])).any()
+
+
 def latin_hypercube(key: jax.Array, n: int, dims: int) -> jax.Array:
     """Random points of which each of n equal slices of every dim holds one: float[n, dims].
 

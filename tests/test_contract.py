@@ -116,9 +116,11 @@ def test_works_in_float32_and_in_float64_where_it_is_on(name):
         method = build(name, SPACES["mixed"])
         assert {x.dtype for x in floats(method.settings)} <= {np.dtype("float64")}
         state = jax.jit(method.init)(jax.random.key(0))
+        begun = jax.tree.map(lambda x: x.dtype, state)
         trials, state = jax.jit(method.ask)(jax.random.key(1), state)
         state = jax.jit(method.tell)(state, trials, loss_of(trials))
         assert {x.dtype for x in floats((trials, state))} == {np.dtype("float64")}
+        assert jax.tree.map(lambda x: x.dtype, state) == begun
         assert {trials.id.dtype, trials.steps.dtype, trials.source.dtype, trials.slot.dtype} == {np.dtype("int32")}
         assert ((trials.unit >= 0) & (trials.unit <= 1)).all()
     assert {x.dtype for x in floats(build(name, SPACES["mixed"]).settings)} <= {np.dtype("float32")}

@@ -44,7 +44,7 @@ from jaxhpo.population.restarts import Run, after_generation, first_run, largest
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.variation import reflect, two_uniforms
 
-AGE = 0.2
+AGE = 0.3
 OUTLYING = 6
 TOLERANCE = 1e-5
 
@@ -147,7 +147,7 @@ class Layout(NamedTuple):
 
 
 def asks_per_decomposition(layout: Layout, dims: int) -> int:
-    """How many asks a decomposition serves: until C has forgotten a fifth of what was decomposed."""
+    """How many asks a decomposition serves: until C has forgotten three tenths of what was decomposed."""
     with jax.ensure_compile_time_eval():
         n = jnp.int32(layout.population)
         ranks = jnp.arange(layout.population, dtype=jnp.int32)
@@ -160,14 +160,15 @@ def asks_per_decomposition(layout: Layout, dims: int) -> int:
 def _functions(space: Space, layout: Layout) -> tuple[Callable, Callable, Callable]:
     _, elites, batch, separable, active, margin, restarts = layout
     news = layout.news
-    ordered, unordered = np.flatnonzero(~space.categorical), np.flatnonzero(space.categorical)
+    # Indices of 32 bits, which are the same with and without float64.
+    ordered, unordered = (np.flatnonzero(x).astype(np.int32) for x in (~space.categorical, space.categorical))
     n, number = len(ordered), space.levels[unordered]
     has_levels = space.levels[ordered] > 0
     integers = integers_of(space)
     if not margin:
         integers = Integers(*(x[:0] for x in integers))
-    place = np.argsort(np.concatenate([ordered, unordered]))
-    unordered_among = np.searchsorted(np.flatnonzero(space.levels), unordered)
+    place = np.argsort(np.concatenate([ordered, unordered])).astype(np.int32)
+    unordered_among = np.searchsorted(np.flatnonzero(space.levels), unordered).astype(np.int32)
     capacity = largest(news, restarts) + batch - 1
     sizes = sorted({min(news * 8**i + batch - 1, capacity) for i in range(6)} | {capacity})
     period = asks_per_decomposition(layout, max(n, 1))

@@ -22,9 +22,9 @@ class Integers(NamedTuple):
     """Which of the dims that have an order are integers, and where their levels meet."""
 
     columns: np.ndarray
-    """i64[integers], their places among the dims of the covariance"""
+    """i32[integers], their places among the dims of the covariance"""
     among: np.ndarray
-    """i64[integers], their places among all dims with levels"""
+    """i32[integers], their places among all dims with levels"""
     top: np.ndarray
     """i32[integers], last level"""
 
@@ -34,9 +34,9 @@ def integers_of(space: Space) -> Integers:
     is_integer = ~space.categorical & (space.levels >= 2) & (space.levels <= MOST_LEVELS)
     ordered, levelled = np.flatnonzero(~space.categorical), np.flatnonzero(space.levels)
     dims = np.flatnonzero(is_integer)
-    return Integers(
-        np.searchsorted(ordered, dims), np.searchsorted(levelled, dims), (space.levels[dims] - 1).astype(np.int32)
-    )
+    parts = np.searchsorted(ordered, dims), np.searchsorted(levelled, dims), space.levels[dims] - 1
+    # Indices of 32 bits are the same with and without float64.
+    return Integers(*(x.astype(np.int32) for x in parts))
 
 
 def limits(space: Space, integers: Integers, mean: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +50,7 @@ def limits(space: Space, integers: Integers, mean: jax.Array) -> tuple[jax.Array
     Returns:
       Lower and upper limit, float[integers] each.
     """
-    levelled = np.flatnonzero(space.levels)
+    levelled = np.flatnonzero(space.levels).astype(np.int32)
     point = jnp.full(space.dims, 0.5, working_dtype()).at[levelled[integers.among]].set(mean)
     level = space.level(point)[integers.among]
     numbers = jnp.zeros(len(levelled), working_dtype())

@@ -191,8 +191,8 @@ def learned(d: Distribution, r: Rates, step: jax.Array, rank_mu: jax.Array) -> D
     root = jnp.sqrt(size)
     covariance = covariance / size
     widest = variances(covariance).max()
-    # No step is wider than twice the cube, whatever happens on a plateau.
-    sigma = jnp.minimum(sigma * root, 2 / jnp.sqrt(widest))
+    # No step is wider than twice the cube, whatever happens on a plateau, nor one that rounding swallows.
+    sigma = jnp.clip(sigma * root, jnp.finfo(sigma.dtype).eps / jnp.sqrt(widest), 2 / jnp.sqrt(widest))
     if separable:
         covariance = jnp.maximum(covariance, jnp.finfo(covariance.dtype).eps * widest)
     return d._replace(

@@ -6,9 +6,10 @@ differential evolution (SHADE), and (2014), Improving the search performance of 
 reduction (L-SHADE): current-to-pbest/1 of Zhang and Sanderson (2009), JADE, with weights and rates drawn around those
 that brought success. Equation numbers are those of the paper of 2014.
 
-Two things differ. The archive holds the last parent that each member displaced, not a random choice of all that were.
-The population shrinks with the root of the share of the budget that is spent, not linearly (eq. 10 has the
-power 1): it has lost half of its members after a quarter, which finds better optima early and no worse ones late.
+Three things differ. The archive holds the last parent that each member displaced, not a random choice of all that were.
+Gains are weighed among the rows of one tell, so losses of any size do. The population shrinks with the square root of
+the share of the budget that is spent, where eq. 10 is linear: it has lost half of its members after a quarter, which
+finds better optima early and no worse ones late.
 """
 
 import functools
@@ -28,8 +29,11 @@ from jaxhpo.space import Space, working_dtype
 from jaxhpo.variation import (
     another_level,
     best_rows,
+    collapsed,
+    differs,
     latin_hypercube,
     levels,
+    one_dim,
     with_subtrees,
 )
 
@@ -80,6 +84,8 @@ class State(NamedTuple):
     """float[population]: theirs, +inf where none is known"""
     archive: jax.Array
     """float[population, dims]: the last parent that each member displaced, at first the member itself"""
+    best: jax.Array
+    """float[]: the lowest loss ever, +inf before there is one"""
     start: jax.Array
     """i32[]: trials asked for before this population began"""
     memory: Memory
@@ -178,11 +184,12 @@ def differ(space: Space, weight: jax.Array, chance: jax.Array, base: jax.Array, 
     mutant = base + weight * sum(a - b for a, b in pairs)
     if not space.categorical.any():
         return mutant
-    chosen = base
+    mutant = jnp.where(space.categorical, base, mutant)
     for a, b in pairs:
-        chosen = jnp.where((levels(space, a) != levels(space, b)) & (chance < weight), a, chosen)
-        chance = chance * 256 % 1
-    return jnp.where(space.categorical, chosen, mutant)
+        chosen = jnp.asarray(space.categorical) & (levels(space, a) != levels(space, b)) & (chance < weight)
+        mutant = jnp.where(with_subtrees(space, chosen, mutant, a), a, mutant)
+        chance = chance * 256 % 1  # the lower half of its 16 bits
+    return mutant
 
 
 @functools.lru_cache(maxsize=256)
@@ -191,7 +198,7 @@ def _functions(
 ) -> tuple[Callable, Callable, Callable]:
     adapts, shrinks = strategy == ADAPTIVE, budget is not None
     elite = max(math.ceil(MOST_GREEDY * population), min(2, population))
-    only_levels = bool((space.levels > 0).all())
+    least = min(SMALLEST, population)
 
     def size(asked: jax.Array, start: jax.Array) -> jax.Array:
         """Members after `asked` trials (eq. 10), all of them until each was tried."""
@@ -199,7 +206,7 @@ def _functions(
             return jnp.int32(population)
         begin = start + population
         left = 1 - jnp.clip((asked - begin) / jnp.maximum(budget - begin, 1), 0, 1) ** SHRINKING
-        return jnp.round(SMALLEST + (population - SMALLEST) * left).astype(jnp.int32)
+        return jnp.round(least + (population - least) * left).astype(jnp.int32)
 
     def first_memory(settings: Settings) -> Memory:
         return Memory(
@@ -217,14 +224,12 @@ def _functions(
     def init(key: jax.Array, settings: Settings) -> State:
         unit, dtype = latin_hypercube(key, population, space.dims), working_dtype()
         none = jnp.full(population, jnp.inf, dtype)
-        return State(unit, none, unit, jnp.int32(0), first_memory(settings), settings, count())
+        return State(unit, none, unit, none[0], jnp.int32(0), first_memory(settings), settings, count())
 
     def restart(state: State, members: jax.Array) -> State:
         """A new population where the members have become one."""
-        is_member = (jnp.arange(population) < members)[:, None]
-        place = jnp.where(space.categorical, levels(space, state.unit), state.unit)
-        spread = jnp.where(is_member, place, -jnp.inf).max(0) - jnp.where(is_member, place, jnp.inf).min(0)
-        is_over = (spread <= state.settings.tolerance).all() & (state.asked.value - state.start >= population)
+        is_member = jnp.arange(population) < members if shrinks else None
+        is_over = collapsed(space, state.unit, state.loss, state.settings.tolerance, is_member)
         fresh = lambda new, old: jax.tree.map(lambda n, o: jnp.where(is_over, n, o), new, old)  # noqa: E731
         return state._replace(
             loss=jnp.where(is_over, jnp.inf, state.loss),
@@ -276,36 +281,41 @@ def _functions(
 
         weight, rate, base, pairs = (adaptive if adapts else classic)(state, member, members, u)
         mutant = midway(differ(space, weight, chance, base, pairs), parent)
-        always = jnp.arange(space.dims) == (anywhere * space.dims).astype(jnp.int32)[:, None]
+        live = space.active(parent) if space.nesting else None
+        always = one_dim(space, live, anywhere)
         take = with_subtrees(space, (cross < rate[:, None]) | always, parent, mutant)
         child = jnp.where(take, mutant, parent)
-        if only_levels:
-            repeated = (levels(space, child) == levels(space, parent)).all(-1, keepdims=True)
-            child = jnp.where(repeated & always, another_level(space, child, chance), child)
-        is_first = jnp.full(batch, asked - state.start < population)
-        unit = jnp.where(is_first[:, None], jnp.where((asked + row < population)[:, None], parent, chance), child)
-        aux = Row(member, jnp.full(batch, state.start), jnp.where(is_first, 0, weight), rate)
+        if space.levels.any():
+            repeats = ~differs(space, child, parent, live)[:, None]
+            other = jnp.where(space.levels > 0, another_level(space, child, chance), chance)
+            child = jnp.where(repeats & always, other, child)
+        is_fresh = ((asked - state.start < population) | (state.start > 0)) & jnp.isinf(state.loss[member])
+        unit = jnp.where(is_fresh[:, None], jnp.where((asked + row < population)[:, None], parent, chance), child)
+        aux = Row(member, jnp.full(batch, state.start), jnp.where(is_fresh, 0, weight), rate)
         return black_box(space, unit, asked, aux=aux), state._replace(asked=Count(asked + batch))
 
     def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
         del gradients
-        # A late row may speak of a member that has left meanwhile, or of a population that is no more.
         row: Row = trials.aux
-        active, members = trials.active & (row.start == state.start), size(state.asked.value, state.start)
-        row = row._replace(member=row.member % members) if shrinks else row
-        losses = jnp.where(active, ranked(losses.astype(state.loss.dtype)), jnp.inf)
+        losses = jnp.where(trials.active, ranked(losses.astype(state.loss.dtype)), jnp.inf)
+        # A row of a population that is no more would bring back where it has ended, unless it is the best yet; one of
+        # a member that has left meanwhile finds another place.
+        is_late, members = row.start != state.start, size(state.asked.value, state.start)
+        active = trials.active & (~is_late | (losses < state.best))
+        row = row._replace(member=jnp.where(is_late, jnp.argmin(state.loss), row.member) % members)
         best, is_told = best_rows(row.member, losses, active, population)
         wins = is_told & (losses[best] <= state.loss)
         new = state._replace(
             unit=jnp.where(wins[:, None], trials.unit[best], state.unit),
             loss=jnp.where(wins, losses[best], state.loss),
+            best=jnp.minimum(state.best, losses.min()),
         )
         if not adapts:
             return new
         known = jnp.isfinite(state.loss)
         displaced = jnp.where(known[:, None], state.unit, new.unit)
         before = state.loss[row.member]
-        is_child = active & jnp.isfinite(before) & (row.weight > 0)
+        is_child = active & ~is_late & jnp.isfinite(before) & (row.weight > 0)
         gain = jnp.where(is_child, jnp.maximum(before - losses, 0), 0)
         return new._replace(
             archive=jnp.where(wins[:, None], displaced, state.archive),

@@ -21,7 +21,16 @@ from jaxhpo.checks import real, whole
 from jaxhpo.draws import two_uniforms
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.space import Space, working_dtype
-from jaxhpo.variation import another_level, best_rows, latin_hypercube, reflect, with_subtrees
+from jaxhpo.variation import (
+    another_level,
+    best_rows,
+    collapsed,
+    differs,
+    latin_hypercube,
+    one_dim,
+    reflect,
+    with_subtrees,
+)
 
 SELECTIONS = ("tournament", "rank")
 CROSSOVERS = ("blend", "sbx")
@@ -56,6 +65,8 @@ class State(NamedTuple):
     """float[population, dims]: the members"""
     loss: jax.Array
     """float[population]: theirs, +inf where none is known"""
+    best: jax.Array
+    """float[]: the lowest loss ever, +inf before there is one"""
     fresh: jax.Array
     """bool[population]: whose place a restart has freed, until a trial for it is told"""
     epoch: jax.Array
@@ -146,14 +157,6 @@ def recombine(space: Space, a: jax.Array, b: jax.Array, mixed: jax.Array, unifor
     return jnp.where(whole_, chosen, mixed)
 
 
-def differs(space: Space, a: jax.Array, b: jax.Array, live: jax.Array | None) -> jax.Array:
-    """Whether two points decode to something else: bool[n] for float[n, dims]."""
-    other, has_levels = a != b, np.flatnonzero(space.levels)
-    if has_levels.size:
-        other = other.at[..., has_levels].set(space.level(a) != space.level(b))
-    return (other if live is None else other & live).any(-1)
-
-
 def mutate(space: Space, unit: jax.Array, at: jax.Array, uniform: jax.Array, eta: jax.Array) -> jax.Array:
     """Points mutated in at most one dim: reals by a polynomial, integers too but by a level at least, others anyhow.
 
@@ -182,16 +185,6 @@ def mutate(space: Space, unit: jax.Array, at: jax.Array, uniform: jax.Array, eta
     return jnp.where(at & space.categorical, jumped, moved)
 
 
-def collapsed(space: Space, unit: jax.Array, loss: jax.Array, tolerance: jax.Array) -> jax.Array:
-    """Whether the members are all but one point, in the dims that are live: bool[]; not before all have a loss."""
-    has_levels = np.flatnonzero(space.levels)
-    apart = unit.max(0) - unit.min(0) >= tolerance
-    if has_levels.size:
-        level = space.level(unit)
-        apart = apart.at[has_levels].set((level != level[0]).any(0))
-    return jnp.isfinite(loss).all() & ~(apart & space.active(unit[0])).any()
-
-
 def best_members(loss: jax.Array, number: int) -> jax.Array:
     """Which members are the best `number`: bool[population]."""
     best = jnp.argmin(loss)[None] if number == 1 else lax.top_k(-loss, number)[1]
@@ -203,13 +196,13 @@ def _functions(
     space: Space, selection: str, crossover: str, population: int, elite: int, batch: int
 ) -> tuple[Callable, Callable, Callable]:
     dims = space.dims
-    changeable = np.flatnonzero(space.levels != 1)
     all_levels, in_step = bool((space.levels > 0).all()), batch == population
 
     def init(key: jax.Array, settings: Settings) -> State:
         return State(
             unit=latin_hypercube(key, population, dims),
             loss=jnp.full(population, jnp.inf, working_dtype()),
+            best=jnp.asarray(jnp.inf, working_dtype()),
             fresh=jnp.zeros(population, bool),
             epoch=jnp.int32(0),
             settings=settings,
@@ -262,14 +255,7 @@ def _functions(
         is_new = differs(space, child, a, live)
         if all_levels:
             is_new &= differs(space, child, b, live)
-        if not changeable.size:
-            return child, genes
-        if live is None:
-            at = jnp.arange(dims) == jnp.asarray(changeable)[(where * changeable.size).astype(jnp.int32)][:, None]
-        else:
-            free = live & (space.levels != 1)
-            turn = jnp.cumsum(free, axis=1)
-            at = free & (turn == 1 + (where * turn[:, -1]).astype(jnp.int32)[:, None])
+        at = one_dim(space, live, where)
         return mutate(space, child, at & (is_mutated | ~is_new)[:, None], how, settings.eta_m), genes
 
     def ask(key: jax.Array, state: State, pending: Trials | None = None) -> tuple[Trials, State]:
@@ -287,11 +273,11 @@ def _functions(
     def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
         del gradients
         row: Row = trials.aux
-        losses, best = ranked(losses.astype(state.loss.dtype)), jnp.argmin(state.loss)
+        losses = ranked(losses.astype(state.loss.dtype))
         # A row from before a restart would bring back where the population had collapsed, unless it is the best yet.
         is_late = row.epoch != state.epoch
-        active = trials.active & (~is_late | (losses < state.loss[best]))
-        chosen, is_told = best_rows(jnp.where(is_late, best, row.member), losses, active, population)
+        active = trials.active & (~is_late | (losses < state.best))
+        chosen, is_told = best_rows(jnp.where(is_late, jnp.argmin(state.loss), row.member), losses, active, population)
         wins = is_told & (losses[chosen] <= state.loss) & jnp.isfinite(losses[chosen])
         unit = jnp.where(wins[:, None], trials.unit[chosen], state.unit)
         loss = jnp.where(wins, losses[chosen], state.loss)
@@ -306,6 +292,7 @@ def _functions(
         return state._replace(
             unit=unit,
             loss=jnp.where(stays, loss, jnp.inf),
+            best=jnp.minimum(state.best, loss.min()),
             fresh=(state.fresh & ~is_told) | ~stays,
             epoch=state.epoch + ~stays.all(),
             told=Count(now),

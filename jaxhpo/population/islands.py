@@ -102,16 +102,22 @@ def _functions(
         return state._replace(states=states, best=best._replace(trials=sent))
 
     def ask(key: jax.Array, state: State, pending: Trials | None = None) -> tuple[Trials, State]:
-        del pending
         asks = state.asks.value
         if n > 1:
             # The predicate is a count: under `vmap` it stays a branch.
             state = lax.cond((asks > 0) & (asks % every == 0), migrate, lambda s: s, state)
         along = axes(state.states)
-        rows, states = jax.vmap(inner_ask, (0, along), (0, along))(jax.random.split(key, n), state.states)
+        keys, islands = jax.random.split(key, n), jnp.arange(n, dtype=jnp.int32)
+
+        def ask_one(key: jax.Array, state: PyTree, island: jax.Array) -> tuple[Trials, PyTree]:
+            if pending is None:
+                return inner_ask(key, state)
+            mine = pending.active & (pending.aux.island == island)
+            return inner_ask(key, state, pending._replace(active=mine, aux=pending.aux.aux))
+
+        rows, states = jax.vmap(ask_one, (0, along, 0), (0, along))(keys, state.states, islands)
         unit, aux = jax.tree.map(lambda x: x.reshape(n * batch, *x.shape[2:]), (rows.unit, rows.aux))
-        island = jnp.repeat(jnp.arange(n, dtype=jnp.int32), batch)
-        trials = black_box(space, unit, asks * (n * batch), aux=Row(island, aux))
+        trials = black_box(space, unit, asks * (n * batch), aux=Row(jnp.repeat(islands, batch), aux))
         return trials, state._replace(states=states, asks=Count(asks + 1))
 
     def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:

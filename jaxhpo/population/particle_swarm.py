@@ -83,9 +83,7 @@ class Row(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _functions(
-    space: Space, n: int, variant: str, topology: str, per_dim: bool, batch: int
-) -> tuple[Callable, Callable, Callable]:
+def _functions(space: Space, n: int, variant: str, topology: str, batch: int) -> tuple[Callable, Callable, Callable]:
     dims, ordered = space.dims, ~space.categorical
     has_choices = not ordered.all()
     always_moves = ((space.levels == 0) & (space.parent < 0)).any()
@@ -114,28 +112,29 @@ def _functions(
             leader, knows = state.best[first], jnp.isfinite(state.loss[first])
         else:
             leader, knows = state.best[lead], jnp.isfinite(state.loss[lead])[:, None]
-        leader = jnp.broadcast_to(leader, x.shape)
+        # Long arrays, and barriers where they begin and end: see `flight.uniforms`.
+        long = lambda y: y if y.ndim == 0 else jnp.broadcast_to(y, x.shape).reshape(-1)  # noqa: E731
+        leader = lax.optimization_barrier(jnp.broadcast_to(leader, x.shape))
         to_best, to_leader = best, leader
         if has_choices:
             # What is not live there was not learned.
             to_best = jnp.where(space.active(best) & ordered, best, x)
             to_leader = jnp.where(space.active(leader) & ordered, leader, x)
-        r1, r2 = uniforms(to_move, (batch, dims if per_dim else 1))
+        r1, r2 = uniforms(to_move, (batch, dims))
         if variant == "constriction":
-            moved = constricted(settings, x, v, to_best, to_leader, r1, r2)
+            moved = constricted(settings, *map(long, (x, v, to_best, to_leader, r1, r2)))
         else:
-            normal = erfinv(2 * r1 - 1)
+            normal = lax.optimization_barrier(erfinv(2 * long(r1) - 1)).reshape(x.shape)
             normal = jnp.where(ordered, normal, 0) if has_choices else normal
             radius, _ = uniforms(to_scale, (batch, 1))
-            moved = spherical(settings, x, v, to_best, to_leader, (lead == rows)[:, None], normal, radius)
-        moved = jnp.where(knows, moved, r2 - 0.5)
+            moved = long(spherical(settings, x, v, to_best, to_leader, (lead == rows)[:, None], normal, radius))
+        moved = jnp.where(long(knows), moved, long(r2) - 0.5)
         moved = jnp.clip(moved, -settings.max_velocity, settings.max_velocity)
-        begins = is_first[0] if batch == n else is_first[:, None]
-        # Barriers and long arrays: see `flight.uniforms`.
-        moved = lax.optimization_barrier(jnp.where(begins, 0, moved)).reshape(-1)
-        unit = x.reshape(-1) + moved
-        arrives = lax.optimization_barrier(jnp.where((unit < 0) | (unit > 1), -settings.damping * moved, moved))
-        arrives = jnp.where(begins, v, arrives.reshape(x.shape))
+        begins = long(is_first[0] if batch == n else is_first[:, None])
+        moved = lax.optimization_barrier(jnp.where(begins, 0, moved))
+        unit = long(x) + moved
+        arrives = jnp.where((unit < 0) | (unit > 1), -settings.damping * moved, moved)
+        arrives = lax.optimization_barrier(jnp.where(begins, long(v), arrives)).reshape(x.shape)
         unit = reflect(unit) if variant == "constriction" else jnp.clip(unit, 0, 1)
         unit = lax.optimization_barrier(unit).reshape(x.shape)
         if has_choices:
@@ -195,7 +194,6 @@ def particle_swarm(
     particles: int | None = None,
     variant: str = "constriction",
     topology: str | None = None,
-    per_dim: bool = True,
     inertia: float | None = None,
     cognitive: float | None = None,
     social: float | None = None,
@@ -216,14 +214,13 @@ def particle_swarm(
       space: a pytree of parameters, or a `Space`.
       particles: at least 2; they are asked for in turns. The larger of `batch` and 40 if not given; with budgets of
         a few hundred trials, 10 find better optima.
-      variant: "constriction", in which every coordinate has random weights of its own and bounds reflect; or
-        "spso2011", which does not depend on the axes: a random point of a hypersphere, cut at the bounds.
+      variant: "constriction", in which every coordinate has random weights of its own and bounds reflect, the better
+        one on tuning problems and with small budgets; or "spso2011", which does not depend on the axes: a random point
+        of a hypersphere, cut at the bounds.
       topology: whose best points a particle knows. "global": everyone's, which converges fast; "ring": those of two
         neighbours, which takes longer and finds better optima of rugged losses; "adaptive-random": those of 3 others,
         drawn anew when a whole turn of the swarm brought nothing. If not given, "global" for "constriction" and
         "adaptive-random" for "spso2011".
-      per_dim: of "constriction", whether the random weights differ between the coordinates of a particle; without, a
-        generation costs less, and a particle moves in the plane of its velocity and its two pulls.
       inertia: share of the velocity that is kept, in [0, 1]; 0.7298 (0.7213 for "spso2011") if not given.
       cognitive: pull of the particle's own best point, in [0, 4]; 1.496 (1.193) if not given.
       social: pull of the neighbourhood's best point, in [0, 4]; 1.496 (1.193) if not given.
@@ -256,8 +253,6 @@ def particle_swarm(
     variant = _one_of("variant", variant, list(DEFAULTS))
     topology = TOPOLOGIES[variant] if topology is None else topology
     topology = _one_of("topology", topology, ["global", "ring", "adaptive-random"])
-    if variant == "spso2011" and not per_dim:
-        raise ValueError("per_dim=False is of variant='constriction' only, 'spso2011' has no weights; leave it out")
     given = {"inertia": inertia, "cognitive": cognitive, "social": social, "max_velocity": max_velocity}
     highest = {"inertia": 1, "cognitive": 4, "social": 4, "max_velocity": 1}
     numbers = {
@@ -270,7 +265,7 @@ def particle_swarm(
         raise ValueError(f"recall, imitation and mutation must be at most 1 together, got {chances}; lower one of them")
     numbers |= {"damping": real("damping", damping, 0, 1), **chances}
     settings = Settings(**{name: jnp.asarray(value, working_dtype()) for name, value in numbers.items()})
-    init, ask, tell = _functions(space, n, variant, topology, bool(per_dim), batch)
+    init, ask, tell = _functions(space, n, variant, topology, batch)
     return Method("particle_swarm", space, settings, Initializer(init, settings), ask, tell, batch)
 
 

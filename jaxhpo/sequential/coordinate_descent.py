@@ -257,7 +257,8 @@ def _functions(space: Space, starts: int, order: str, batch: int) -> tuple[Calla
         is_told = on | (active & stale & (row.coordinate >= 0))
         where = jnp.where(is_told, start, starts), jnp.where(on, d, jnp.maximum(row.coordinate, 0))
         rows = jnp.zeros((starts, dims), jnp.int32).at[where].add(1, mode="drop")
-        clock = state.clock + (rows > 0).sum(1)
+        lines_told = (rows > 0).sum(1, dtype=jnp.int32)
+        clock = state.clock + lines_told
         # The worse the ends are, the more there may be to gain between them; a failed trial says nothing of that.
         ends = (jnp.where(jnp.isfinite(z), z, -jnp.inf) for z in (bracket.low_loss, bracket.high_loss))
         worse, new_loss = jnp.maximum(*ends), jnp.where(improved, loss[best], old_loss)
@@ -278,7 +279,7 @@ def _functions(space: Space, starts: int, order: str, batch: int) -> tuple[Calla
             told=jnp.where(keeps, state.told, 0) + jnp.where(improved[:, None] & ~moved, 0, rows),
             cursor=(state.cursor + passed) % number,
             clock=clock,
-            cycle=jnp.where(cycled, 0, state.cycle + (rows > 0).sum(1)),
+            cycle=jnp.where(cycled, 0, state.cycle + lines_told),
             base=jnp.where(cycled[:, None], x, state.base),
         )
 

@@ -67,7 +67,10 @@ def lines(
         fewer = jnp.maximum(level - low - (bracket.low_loss > -jnp.inf), 0)
         more = jnp.maximum(high - level - (bracket.high_loss > -jnp.inf), 0)
         rest = jnp.maximum(jnp.asarray(space.levels, jnp.int32) - 1 - told, 0)
-        options = jnp.minimum(jnp.where(jnp.asarray(space.categorical), rest, fewer + more), batch)
+        # Where the dtype holds no point between x and its bracket, more levels than it can tell apart are left.
+        tells_apart = jnp.maximum(below, above) > jnp.finfo(x.dtype).eps
+        ordered = jnp.where(tells_apart, fewer + more, 0)
+        options = jnp.minimum(jnp.where(jnp.asarray(space.categorical), rest, ordered), batch)
         is_real = jnp.asarray(space.levels == 0)
         fewer, more, room = (jnp.where(is_real, room, z) for z in (fewer, more, options))
     return Lines(below, above, fewer, more, jnp.where(space.active(x), room, 0), level)

@@ -10,7 +10,8 @@ from scipy.special import ndtri
 
 import jaxhpo as hpo
 from jaxhpo.draws import two_uniforms
-from jaxhpo.population.differential_evolution import Row, draw_weights, others
+from jaxhpo.population.differential_evolution import Row, differ, draw_weights, others
+from jaxhpo.variation import levels
 
 DIMS, MEMBERS = 3, 8
 CUBE = hpo.Space({"x": hpo.Array(DIMS, -1.0, 1.0)})
@@ -197,26 +198,6 @@ def test_levels_without_order_come_from_others_and_no_child_repeats_its_parent()
     assert min(map(min, told)) == 0
 
 
-def test_a_switch_carries_its_subtree_along():
-    space = hpo.Space({"net": hpo.OneOf(a={"x": hpo.Float(0, 1), "y": hpo.Float(0, 1)}, b={"z": hpo.Float(0, 1)})})
-    method, init, ask, tell = jitted(space, population=6, batch=6, strategy="rand/1/bin", crossover_rate=0.5)
-    state = init(jax.random.key(0))
-    unit = jnp.array([[0.2, 0.1, 0.1, 0.5]] * 3 + [[0.8, 0.9, 0.9, 0.5]] * 3)
-    first, state = ask(jax.random.key(0), state)
-    state = tell(state, first._replace(unit=unit), jnp.arange(6.0))
-    switched = 0
-    for seed in range(20):
-        children = np.asarray(ask(jax.random.key(seed), state)[0].unit)
-        is_b = children[:, 0] >= 0.5
-        moved = is_b != (np.arange(6) >= 3)
-        switched += moved.sum()
-        # No differences but those between equal rows: a child that has changed its branch has all of the other's.
-        np.testing.assert_allclose(children[moved & is_b][:, 1:3], 0.9, atol=0.41)
-        same_side = np.abs(children[:, 1] - children[:, 2]) < 1e-6
-        assert same_side[moved].all()
-    assert switched > 5
-
-
 @pytest.mark.parametrize("strategy", ["current-to-pbest/1", "rand/1/bin", "best/1/bin"])
 @pytest.mark.parametrize("population, dims", [(2, 1), (3, 1000)])
 def test_small_populations_and_many_dims(strategy, population, dims):
@@ -286,5 +267,72 @@ def test_a_population_that_has_become_one_starts_anew():
         np.testing.assert_array_equal(asked[now].unit, straight[now].unit)
     assert np.ptp(np.concatenate([t.unit for t in asked[begin : begin + 2]]), axis=0).min() > 0.3
     method, _, _, tell = jitted(CUBE, tolerance=0.01, **arguments)
-    late = tell(state, asked[begin - 1], jnp.full(3, -1.0))
-    np.testing.assert_array_equal(late.loss, state.loss)
+    np.testing.assert_array_equal(tell(state, asked[begin - 1], jnp.full(3, state.best)).loss, state.loss)
+    assert tell(state, asked[begin - 1], jnp.array([5.0, -1.0, 5.0])).loss.min() == -1
+
+
+def test_tells_that_lag_a_population_behind_do_not_keep_it_from_starting_anew():
+    method, init, ask, tell = jitted(CUBE, population=4, batch=4, tolerance=0.05)
+    state, waiting, starts = init(jax.random.key(0)), [], []
+    for now in range(150):
+        trials, state = ask(jax.random.key(now), state)
+        waiting.append(trials)
+        starts.append(int(state.start))
+        if len(waiting) > 1:
+            late = waiting.pop(0)
+            state = tell(state, late, jnp.asarray(bowl(late.unit), jnp.float32))
+    assert 2 <= len(set(starts)) < 20 and np.isfinite(state.loss).sum() >= 2
+
+
+def test_live_dims_alone_decide_whether_members_have_become_one():
+    space = hpo.Space({"net": hpo.OneOf(a={"x": hpo.Float(0, 1)}, b={"y": hpo.Float(0, 1), "z": hpo.Float(0, 1)})})
+    at = space.names.index("net.a.x")
+    loss = lambda unit: np.where(np.asarray(unit)[:, 0] < 0.5, np.abs(np.asarray(unit)[:, at] - 0.3), 9.0)  # noqa: E731
+    _, _, state = play(120, loss, space, population=6, batch=6)
+    assert state.start > 0 and state.best < 1e-3
+
+
+def test_known_results_are_not_tried_again():
+    space, known = {"x": hpo.Float(0.0, 1.0)}, [({"x": x}, x) for x in (0.2, 0.4, 0.6, 0.8)]
+    method = hpo.differential_evolution(space, population=4, batch=4)
+    tried = []
+    objective = lambda key, h: h["x"]  # noqa: E731
+    result = hpo.minimize(objective, method, key=jax.random.key(0), trials=4, initial=known, progress=False)
+    tried = np.asarray(result.trials.hparams["x"])[np.asarray(result.trials.id) >= 0]
+    assert len(tried) == 4 and np.abs(tried[:, None] - [0.2, 0.4, 0.6, 0.8]).min() > 1e-4
+
+
+def test_a_small_population_does_not_grow():
+    asked, _, _ = play(20, population=2, trials=40, batch=2)
+    assert max(trials.aux.member.max() for trials in asked) == 1
+
+
+@pytest.mark.parametrize("strategy", ["current-to-pbest/1", "rand/1/bin"])
+def test_no_child_decodes_to_its_parent(strategy):
+    space = hpo.Space(
+        {
+            "net": hpo.OneOf(a={"x": hpo.Int(0, 2)}, b={"y": hpo.Categorical("pqr"), "one": hpo.Int(5, 5)}),
+            "c": hpo.Categorical(("only",)),
+            "lr": hpo.Int(1, 4),
+        }
+    )
+    method, init, ask, tell = jitted(space, strategy=strategy, population=8, batch=8, crossover_rate=0.2)
+    state = init(jax.random.key(0))
+    view = lambda unit: np.where(space.active(unit), levels(space, unit), -1)  # noqa: E731
+    for now in range(12):
+        trials, after = ask(jax.random.key(now), state)
+        if now:
+            assert (view(trials.unit) != view(state.unit)).any(-1).all()
+        state = tell(after, trials, jnp.arange(8.0) + now)
+
+
+def test_a_branch_comes_with_what_its_owner_has_below_it():
+    space = hpo.Space({"net": hpo.OneOf(a={"x": hpo.Float(0, 1)}, b={"y": hpo.Float(0, 1)})})
+    base = jnp.tile(jnp.array([0.2, 0.3, 0.05]), (64, 1))
+    leader = jnp.tile(jnp.array([0.8, 0.1, 0.9]), (64, 1))
+    chance = jnp.tile(jnp.linspace(0.01, 0.99, 64)[:, None], (1, 3))
+    mutant = np.asarray(differ(space, jnp.full(64, 0.5), chance, base, [(leader, base)]))
+    switched = mutant[:, 0] > 0.5
+    assert switched.tolist() == (np.asarray(chance[:, 0]) < 0.5).tolist()
+    np.testing.assert_allclose(mutant[switched, 2], 0.9)
+    np.testing.assert_allclose(mutant[~switched, 2], 0.475)

@@ -12,7 +12,6 @@ from jaxhpo.draws import two_uniforms
 from jaxhpo.population import genetic
 from jaxhpo.population.genetic import (
     blend,
-    collapsed,
     linear_rank,
     mutate,
     polynomial_mutation,
@@ -20,6 +19,7 @@ from jaxhpo.population.genetic import (
     simulated_binary,
     tournament,
 )
+from jaxhpo.variation import collapsed
 
 REALS = {"x": hpo.Array(5, -5.0, 5.0)}
 CATEGORICAL = {"a": hpo.Categorical(("x", "y", "z")), "b": hpo.Categorical((0.5, 1.5, 4.0)), "c": hpo.Int(1, 4)}

@@ -264,3 +264,14 @@ def test_bad_input_is_refused(arguments, message):
     assert message in str(error.value)
     with pytest.raises(TypeError, match="method must be a Method, got .*; give what a builder returns, such as hpo"):
         islands({"x": hpo.Float(0, 1)}, 2, 1)
+
+
+def test_pending_trials_are_passed_on_to_their_islands():
+    space = hpo.Space({"a": hpo.Categorical(tuple("abcdefgh")), "x": hpo.Float(0, 1)})
+    method = hpo.islands(hpo.coordinate_descent(space, starts=1, batch=4), 2, every=9)
+    state = method.init(jax.random.key(0))
+    first, state = method.ask(jax.random.key(1), state)
+    again, _ = method.ask(jax.random.key(2), state)
+    other, _ = method.ask(jax.random.key(2), state, first)
+    repeated = lambda rows: int((np.asarray(rows.unit)[:, None] == np.asarray(first.unit)).all(-1).any(1).sum())  # noqa: E731
+    assert repeated(other) <= 1 < repeated(again)

@@ -13,8 +13,6 @@ from jaxhpo.population import particle_swarm
 from jaxhpo.population.flight import choose, constricted, informants, leaders, spherical, uniforms, without_repeats
 from jaxhpo.population.particle_swarm import Row
 
-VARIANTS = ["constriction", "spso2011"]
-
 
 def cube(dims):
     return {"x": hpo.Array(dims, 0.0, 1.0)}
@@ -88,9 +86,7 @@ class Swarm:
     [
         ("constriction", "global", 6),
         ("constriction", "ring", 4),
-        ("constriction", "adaptive-random", 4),
         ("spso2011", "global", 6),
-        ("spso2011", "ring", 6),
         ("spso2011", "adaptive-random", 4),
     ],
 )
@@ -168,20 +164,6 @@ def test_a_hypersphere_does_not_know_the_axes_and_constriction_does():
 
     axial = np.asarray(constricted(settings, x, still, best, leader, r1, r2))
     assert (axial[:, 1:] == 0).all() and axial[:, 0].std() > 0.05
-
-
-def test_shared_weights_keep_a_particle_in_the_plane_of_its_pulls():
-    def rank(per_dim):
-        method = particle_swarm(cube(3), particles=6, per_dim=per_dim, max_velocity=1.0, batch=6)
-        state = begun(method, lambda unit: bowl(unit, 0.5))
-        state = state._replace(
-            position=0.45 + state.position / 10, best=0.45 + state.best / 10, velocity=0 * state.best
-        )
-        moves = ask(method, state, 9)[0].unit - state.position
-        pulls = [state.best - state.position, state.best[jnp.argmin(state.loss)] - state.position]
-        return [np.linalg.matrix_rank(np.stack([m, *p]), tol=1e-5) for m, *p in zip(moves, *pulls, strict=True)]
-
-    assert max(rank(False)) == 1 and max(rank(True)) == 2
 
 
 def test_a_thousand_swarms_in_one_vmap_equal_a_thousand_runs():
@@ -324,7 +306,7 @@ class TestChoices:
         assert came[:, self.at["net.mlp.h"]].all()
 
     def test_have_no_velocity_and_are_not_pulled(self):
-        method = particle_swarm(TREE, particles=5, batch=5)
+        method = particle_swarm(TREE, particles=3, variant="spso2011", batch=7)
         state = begun(method)
         assert (state.velocity[:, self.space.categorical] == 0).all()
         trials, _ = ask(method, state, 8)
@@ -413,9 +395,8 @@ def test_velocities_are_clamped():
     assert moves.max() <= 0.05 + 1e-6 and (moves > 0.0499).mean() > 0.3
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_converges(variant):
-    method = particle_swarm({"x": hpo.Array(5, -5.0, 5.0)}, particles=20, variant=variant, batch=20)
+def test_the_other_variant_converges_too():
+    method = particle_swarm({"x": hpo.Array(5, -5.0, 5.0)}, particles=20, variant="spso2011", batch=20)
     run = hpo.study(lambda key, hparams: ((hparams["x"] - 1) ** 2).sum(), method, rounds=150)
     best = jax.jit(jax.vmap(lambda key: run(key)[1].losses.min()))(jax.random.split(jax.random.key(0), 16))
     assert np.median(best) < 1e-6 and np.max(best) < 1e-2
@@ -429,7 +410,6 @@ def test_converges(variant):
         ({"batch": 0}, r"batch must be at least 1, got 0"),
         ({"variant": "spso"}, r"variant must be one of \['constriction', 'spso2011'\], got 'spso'"),
         ({"topology": "star"}, r"topology must be one of \['global', 'ring', 'adaptive-random'\], got 'star'"),
-        ({"variant": "spso2011", "per_dim": False}, r"per_dim=False .* variant='constriction'.*leave it out"),
         ({"inertia": 1.5}, r"inertia must be in \[0, 1\], got 1.5"),
         ({"cognitive": float("nan")}, r"cognitive must be in \[0, 4\], got nan"),
         ({"social": "high"}, r"social must be a number, got 'high'"),

@@ -410,3 +410,21 @@ def test_what_is_no_argument_is_refused():
         coordinate_descent(space, batch=2.5)
     with pytest.raises(ValueError, match="order must be 'adaptive' or 'cyclic', got 'random'"):
         coordinate_descent(space, order="random")
+
+
+def test_a_line_of_more_levels_than_the_dtype_tells_apart_comes_to_an_end():
+    space = hpo.Space({"n": hpo.Int(0, 10**8), "x": hpo.Float(0.0, 1.0)})
+    method = hpo.coordinate_descent(space, starts=1, batch=2)
+    ask, tell, state, seen = jax.jit(method.ask), jax.jit(method.tell), method.init(jax.random.key(0)), []
+    for now in range(60):
+        trials, state = ask(jax.random.key(now), state)
+        seen += np.asarray(trials.unit).tolist()
+        state = tell(state, trials, jnp.abs(trials.unit - jnp.array([0.3, 0.7])).sum(-1))
+    assert len(set(map(tuple, seen[-40:]))) >= 30
+
+
+def test_keeps_its_dtypes_under_float64():
+    with jax.enable_x64(True):
+        method = hpo.coordinate_descent({"x": hpo.Array(2, 0.0, 1.0)}, batch=4)
+        _, traces = jax.jit(hpo.study(lambda key, h: ((h["x"] - 0.3) ** 2).sum(), method, rounds=8))(jax.random.key(0))
+        assert traces.losses.dtype == np.float64 and traces.losses.min() < 1e-3

@@ -1,0 +1,23 @@
+"""The examples run, in a small setting, and reach what they claim."""
+
+import importlib.util
+from pathlib import Path
+
+
+def load(name):
+    """The module of an example."""
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_swarm_of_networks(tmp_path, capsys):
+    out = tmp_path / "swarm.png"
+    arguments = ["--particles", "8", "--rounds", "4", "--steps", "60", "--grid", "0", "--out"]
+    outcome = load("pso_flax").main([*arguments, str(out)])
+    assert outcome.networks == 32 and outcome.compiles == 1
+    assert outcome.accuracy > 0.88
+    assert out.stat().st_size > 10_000
+    assert f"test accuracy {outcome.accuracy:.4f}" in capsys.readouterr().out
