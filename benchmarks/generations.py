@@ -27,8 +27,9 @@ PAIRS = [
         "PSO",
         lambda s, n: hpo.particle_swarm(s, particles=n, variant="constriction", topology="global", batch=n),
     ),
-    ("particle_swarm spso2011", "PSO", lambda s, n: hpo.particle_swarm(s, particles=n, batch=n)),
+    ("particle_swarm spso2011", "PSO", lambda s, n: hpo.particle_swarm(s, particles=n, variant="spso2011", batch=n)),
     ("annealing", "SimulatedAnnealing", lambda s, n: hpo.annealing(s, chains=n, batch=n)),
+    ("annealing one chain", "SimulatedAnnealing", lambda s, n: hpo.annealing(s, chains=1, batch=n)),
     (
         "differential_evolution rand/1/bin",
         "DifferentialEvolution",

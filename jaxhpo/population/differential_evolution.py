@@ -198,7 +198,7 @@ def _functions(
 ) -> tuple[Callable, Callable, Callable]:
     adapts, shrinks = strategy == ADAPTIVE, budget is not None
     elite = max(math.ceil(MOST_GREEDY * population), min(2, population))
-    least = min(SMALLEST, population)
+    least, has_levels = min(SMALLEST, population), bool(space.levels.any())
 
     def size(asked: jax.Array, start: jax.Array) -> jax.Array:
         """Members after `asked` trials (eq. 10), all of them until each was tried."""
@@ -285,10 +285,9 @@ def _functions(
         always = one_dim(space, live, anywhere)
         take = with_subtrees(space, (cross < rate[:, None]) | always, parent, mutant)
         child = jnp.where(take, mutant, parent)
-        if space.levels.any():
-            repeats = ~differs(space, child, parent, live)[:, None]
-            other = jnp.where(space.levels > 0, another_level(space, child, chance), chance)
-            child = jnp.where(repeats & always, other, child)
+        repeats = ~differs(space, child, parent, live)[:, None]
+        other = jnp.where(space.levels > 0, another_level(space, child, chance), chance) if has_levels else chance
+        child = jnp.where(repeats & always, other, child)
         is_fresh = ((asked - state.start < population) | (state.start > 0)) & jnp.isinf(state.loss[member])
         unit = jnp.where(is_fresh[:, None], jnp.where((asked + row < population)[:, None], parent, chance), child)
         aux = Row(member, jnp.full(batch, state.start), jnp.where(is_fresh, 0, weight), rate)
