@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Collection
 from typing import Any
 
 
@@ -35,3 +36,14 @@ def real(name: str, value: Any, low: float, high: float, remedy: str = "") -> fl
     if math.isnan(number) or not low <= number <= high:
         raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}{hint}")
     return number
+
+
+def one_of(name: str, value: Any, options: Collection) -> Any:
+    """`value`, which is one of `options`.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if value not in options:
+        raise ValueError(f"{name} must be one of {list(options)}, got {value!r}")
+    return value

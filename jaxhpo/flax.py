@@ -143,7 +143,7 @@ def flax_trainable(
         network_key, order_key = jax.random.split(key)
         params, collections = network.init(network_key, hparams, example)
         opt_state = _build(optimizer, hparams).init(params)
-        order = jax.random.bits(order_key, (2,))
+        order = jax.random.bits(order_key, (2,), jnp.uint32)
         return TrainState(params, collections, opt_state, jnp.zeros((), jnp.int32), order)
 
     def step(key: jax.Array, state: TrainState, hparams: PyTree) -> TrainState:

@@ -88,7 +88,7 @@ def dropout(key: jax.Array, x: jax.Array, rate: ArrayLike) -> jax.Array:
     """
     if _never(rate):
         return x
-    bits = hashed_bits(jax.random.bits(key, (2,)), x.size).reshape(x.shape)
+    bits = hashed_bits(jax.random.bits(key, (2,), jnp.uint32), x.size).reshape(x.shape)
     uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24
     kept = x / jnp.maximum(1 - rate, 2.0**-24)
     return jnp.where(uniform >= rate, kept, 0).astype(x.dtype)

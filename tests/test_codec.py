@@ -123,7 +123,7 @@ CHOICES = {
 def test_every_level_comes_back(parameter, dtype):
     space = hpo.Space({"x": parameter})
     assert space.levels == [parameter.levels]
-    middles = space._codec()._middle(jnp.arange(parameter.levels)[:, None])
+    middles = space._codec().middle(jnp.arange(parameter.levels)[:, None])
     np.testing.assert_array_equal(space.level(middles)[:, 0], np.arange(parameter.levels))
     hparams = jax.jit(space.decode)(middles)
     np.testing.assert_allclose(jax.jit(space.encode)(hparams), middles, rtol=4 * np.finfo(dtype).eps)

@@ -121,6 +121,9 @@ def test_works_in_float32_and_in_float64_where_it_is_on(name):
         state = jax.jit(method.tell)(state, trials, loss_of(trials))
         assert {x.dtype for x in floats((trials, state))} == {np.dtype("float64")}
         assert jax.tree.map(lambda x: x.dtype, state) == begun
+        assert not {np.dtype("int64"), np.dtype("uint64")} & {x.dtype for x in jax.tree.leaves(state)}
+        again, _ = jax.jit(method.ask)(jax.random.key(2), state)
+        assert ((again.unit >= 0) & (again.unit <= 1)).all()
         assert {trials.id.dtype, trials.steps.dtype, trials.source.dtype, trials.slot.dtype} == {np.dtype("int32")}
         assert ((trials.unit >= 0) & (trials.unit <= 1)).all()
     assert {x.dtype for x in floats(build(name, SPACES["mixed"]).settings)} <= {np.dtype("float32")}

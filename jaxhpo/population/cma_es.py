@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxhpo.checks import real, whole
+from jaxhpo.checks import one_of, real, whole
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.population.cma_margin import (
     Categories,
@@ -396,10 +396,8 @@ def cma_es(
     if elites is None:
         elites = min(3, population // 2) if population < 16 else 0
     elites = whole("elites", elites, 0, most=population - 1)
-    choices = {"covariance": ("full", "separable"), "restarts": ("bipop", "ipop", None)}
-    for name, value in {"covariance": covariance, "restarts": restarts}.items():
-        if value not in choices[name]:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices[name]))}, got {value!r}")
+    one_of("covariance", covariance, ("full", "separable"))
+    one_of("restarts", restarts, ("bipop", "ipop", None))
     for name, flag in {"active": active, "margin": margin}.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")

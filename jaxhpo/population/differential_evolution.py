@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxhpo.checks import real, whole
+from jaxhpo.checks import one_of, real, whole
 from jaxhpo.draws import two_uniforms
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.space import Space, working_dtype
@@ -239,14 +239,15 @@ def _functions(
 
     def adaptive(state: State, member: jax.Array, members: jax.Array, u: list[jax.Array]) -> tuple:
         """Weights, rates, and what they mix: current-to-pbest/1, the last of the four from population or archive."""
-        entry = (u[0] * MEMORY).astype(jnp.int32)
-        weight = draw_weights(u[1], state.memory.weight[entry])
-        rate = draw_rates(jax.scipy.special.ndtri(u[2]), state.memory.rate[entry])
+        which, for_weight, for_rate, for_leader, for_first, for_second = u
+        entry = (which * MEMORY).astype(jnp.int32)
+        weight = draw_weights(for_weight, state.memory.weight[entry])
+        rate = draw_rates(jax.scipy.special.ndtri(for_rate), state.memory.rate[entry])
         best = lax.top_k(-state.loss, elite)[1]
         chosen = jnp.clip(jnp.round(members * state.settings.greediness), min(2, population), elite)
-        leader = state.unit[best[jnp.minimum((u[3] * chosen).astype(jnp.int32), elite - 1)]]
-        first = others(u[4], members, member)
-        second = others(u[5], 2 * members, member, first)
+        leader = state.unit[best[jnp.minimum((for_leader * chosen).astype(jnp.int32), elite - 1)]]
+        first = others(for_first, members, member)
+        second = others(for_second, 2 * members, member, first)
         was_displaced = (second >= members)[:, None]
         second = jnp.where(second >= members, second - members, second)
         away = jnp.where(was_displaced, state.archive[second], state.unit[second])
@@ -377,8 +378,7 @@ def differential_evolution(
     usual = max(batch, min(max(4 * space.dims, 20), 100))
     population = usual if population is None else whole("population", population, 2)
     trials = None if trials is None else whole("trials", trials, 1)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
+    one_of("strategy", strategy, STRATEGIES)
     values = (
         real("weight", weight, TINY, 2, "0.5 is usual"),
         real("crossover_rate", crossover_rate, 0, 1, "0.9 is usual"),

@@ -16,7 +16,7 @@ from jax import lax
 
 from jaxhpo.draws import halves, hashed_bits
 from jaxhpo.space import Space
-from jaxhpo.variation import another_level, levels, with_subtrees
+from jaxhpo.variation import another_level, differs, one_dim, with_subtrees
 
 INFORMANTS = 3
 
@@ -131,10 +131,8 @@ def without_repeats(space: Space, seed: jax.Array, unit: jax.Array, known: tuple
 
     Then it may be another of them, which is rare enough.
     """
-    level, live = levels(space, unit), space.active(unit)
-    equals = lambda y: jnp.where(space.levels > 0, level == levels(space, y), unit == y) | ~live  # noqa: E731
-    repeats = functools.reduce(jnp.logical_or, [equals(y).all(1) for y in known])
+    live = space.active(unit) if space.nesting else None
+    is_new = functools.reduce(jnp.logical_and, [differs(space, unit, y, live) for y in known])
     which, to = uniforms(seed, unit.shape)
-    dim = jnp.argmax(jnp.where(live & (space.levels > 1), which, 0), axis=1)
-    here = repeats[:, None] & (jnp.arange(space.dims) == dim[:, None])
+    here = one_dim(space, live, which[:, 0]) & ~is_new[:, None]
     return jnp.where(here, another_level(space, unit, to), unit)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxhpo.checks import real, whole
+from jaxhpo.checks import one_of, real, whole
 from jaxhpo.draws import two_uniforms
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.space import Space, working_dtype
@@ -360,9 +360,8 @@ def genetic(
     space, batch = Space.of(space), whole("batch", batch, 1)
     least = max(50, min(batch, MOST))
     population = least if population is None else whole("population", population, 2, "a child needs two parents", MOST)
-    for name, value, known in (("selection", selection, SELECTIONS), ("crossover", crossover, CROSSOVERS)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
+    one_of("selection", selection, SELECTIONS)
+    one_of("crossover", crossover, CROSSOVERS)
     elite = whole("elite", elite, 0, "the others start afresh", population - 1)
     ranges = {
         "crossover_rate": (crossover_rate, 0, 1, "it is a chance"),

@@ -16,14 +16,14 @@ Both move by `flight`. A particle that has heard of no success walks at random, 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import erfinv
 
-from jaxhpo.checks import real, whole
+from jaxhpo.checks import one_of, real, whole
 from jaxhpo.draws import hashed_bits
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.population.flight import (
@@ -93,12 +93,12 @@ def _functions(space: Space, n: int, variant: str, topology: str, batch: int) ->
         start = latin_hypercube(key_start, n, dims)
         velocity = jnp.where(ordered, space.sample(key_velocity, n) - start, 0)
         loss = jnp.full(n, jnp.inf, start.dtype)
-        draw = jax.random.bits(key_draw, (2,))
+        draw = jax.random.bits(key_draw, (2,), jnp.uint32)
         return State(start, velocity, start, loss, draw, jnp.zeros((), jnp.int32), settings, count())
 
     def ask(key: jax.Array, state: State, pending: Trials | None = None) -> tuple[Trials, State]:
         del pending
-        to_move, to_scale, to_choose, to_change = jax.random.bits(key, (4, 2))
+        to_move, to_scale, to_choose, to_change = jax.random.bits(key, (4, 2), jnp.uint32)
         asked, settings = state.asked.value, state.settings
         turn = asked + jnp.arange(batch, dtype=jnp.int32)
         is_first = turn < n
@@ -162,7 +162,8 @@ def _functions(space: Space, n: int, variant: str, topology: str, batch: int) ->
     def by_particle(state: State, trials: Trials, losses: jax.Array) -> tuple[jax.Array, ...]:
         row, told = best_rows(trials.aux.particle, losses, trials.active, n)
         # A point that a driver has put in the place of the first one is remembered, but the flight begins as planned.
-        moved = told & ~trials.aux.begins[row]
+        has_begun = jnp.arange(n, dtype=jnp.int32) < state.asked.value
+        moved = told & has_begun & ~trials.aux.begins[row]
         return learned(state, trials.unit[row], trials.aux.velocity[row], losses[row], told, moved)
 
     def in_order(state: State, trials: Trials, losses: jax.Array) -> tuple[jax.Array, ...]:
@@ -250,9 +251,9 @@ def particle_swarm(
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
     n = max(batch, 40) if particles is None else whole("particles", particles, 2, "one alone has nobody to follow")
-    variant = _one_of("variant", variant, list(DEFAULTS))
+    variant = one_of("variant", variant, list(DEFAULTS))
     topology = TOPOLOGIES[variant] if topology is None else topology
-    topology = _one_of("topology", topology, ["global", "ring", "adaptive-random"])
+    topology = one_of("topology", topology, ["global", "ring", "adaptive-random"])
     given = {"inertia": inertia, "cognitive": cognitive, "social": social, "max_velocity": max_velocity}
     highest = {"inertia": 1, "cognitive": 4, "social": 4, "max_velocity": 1}
     numbers = {
@@ -267,9 +268,3 @@ def particle_swarm(
     settings = Settings(**{name: jnp.asarray(value, working_dtype()) for name, value in numbers.items()})
     init, ask, tell = _functions(space, n, variant, topology, batch)
     return Method("particle_swarm", space, settings, Initializer(init, settings), ask, tell, batch)
-
-
-def _one_of(name: str, value: Any, options: list[str]) -> str:
-    if value not in options:
-        raise ValueError(f"{name} must be one of {options}, got {value!r}")
-    return value

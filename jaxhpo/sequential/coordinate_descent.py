@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxhpo.checks import whole
+from jaxhpo.checks import one_of, whole
 from jaxhpo.draws import two_uniforms
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.sequential.line import Bracket, Lines, Told, along, close, lines, points, reopen, unknown
@@ -322,8 +322,7 @@ def coordinate_descent(space: PyTree, *, starts: int | None = None, order: str =
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
     starts = max(batch // ROWS_A_START, 1) if starts is None else whole("starts", starts, 1)
-    if order not in ("adaptive", "cyclic"):
-        raise ValueError(f"order must be 'adaptive' or 'cyclic', got {order!r}")
+    one_of("order", order, ("adaptive", "cyclic"))
     init, ask, tell = _functions(space, starts, order, batch)
     as_float = functools.partial(jnp.asarray, dtype=working_dtype())
     settings = Settings(*map(as_float, (1.0, 1 - GOLDEN, 1 / GOLDEN, 1.0, 1e-4, 2.0)))

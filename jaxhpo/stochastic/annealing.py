@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxhpo.checks import whole
+from jaxhpo.checks import one_of, whole
 from jaxhpo.draws import halves, hashed_bits, uniform
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.space import Space, working_dtype
@@ -278,8 +278,7 @@ def annealing(space: PyTree, *, chains: int | None = None, schedule: str = "ladd
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
     chains = batch if chains is None else whole("chains", chains, 1)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {schedule!r}")
+    one_of("schedule", schedule, SCHEDULES)
     values = dict(
         temperature=0.1,
         final=1e-3,

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from scipy.stats import qmc
 
-from jaxhpo.checks import whole
+from jaxhpo.checks import one_of, whole
 from jaxhpo.method import Count, Method, PyTree, Trials, black_box, count
 from jaxhpo.space import Space, working_dtype
 
@@ -220,8 +220,7 @@ def quasirandom(space: PyTree, *, sequence: str = "sobol", batch: int = 16) -> M
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
     limits = {"sobol": MAX_SOBOL, "halton": MAX_HALTON}
-    if sequence not in limits:
-        raise ValueError(f"sequence must be one of {list(limits)}, got {sequence!r}")
+    one_of("sequence", sequence, limits)
     if space.dims > limits[sequence]:
         remedy = "use sequence='sobol'" if sequence == "halton" and space.dims <= MAX_SOBOL else "use random"
         raise ValueError(f"sequence={sequence!r} has {limits[sequence]} dims, the space has {space.dims}; {remedy}")

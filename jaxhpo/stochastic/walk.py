@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxhpo.draws import uniform
 from jaxhpo.space import Space, working_dtype
-from jaxhpo.variation import another_level, latin_hypercube, levels, reflect
+from jaxhpo.variation import another_level, differs, latin_hypercube, levels, one_dim, reflect
 
 
 def triangular(bits: jax.Array) -> jax.Array:
@@ -82,17 +82,15 @@ def repaired(
       bits: u32[rows, dims], random.
     """
     has_levels, level = space.levels > 0, levels(space, unit)
-    live = space.active(unit) & (space.levels != 1)
-    same = jnp.where(has_levels, levels(space, moved) == level, moved == unit) | ~live
-    order = jnp.cumsum(live, axis=1)
-    forced = live & (order - 1 == (pick[:, None] * order[:, -1:]).astype(jnp.int32))
+    live = space.active(unit) if space.nesting else None
+    forced = one_dim(space, live, pick) & ~differs(space, moved, unit, live)[:, None]
     # One level up or down, at the ends inward; the sign is that of the step.
     top = jnp.asarray(np.maximum(space.levels - 1, 0), jnp.int32)
     up = level + jnp.where(bits >> 31 == 1, 1, -1)
     near = jnp.where((up < 0) | (up > top), 2 * level - up, up)[:, np.flatnonzero(has_levels)]
     near = unit.at[:, np.flatnonzero(has_levels)].set(space.middle(near))
     nudged = jnp.where(space.categorical, other, jnp.where(has_levels, near, wished))
-    moved = jnp.where(forced & same.all(axis=1, keepdims=True), nudged, moved)
+    moved = jnp.where(forced, nudged, moved)
     if not space.nesting:
         return moved
     return jnp.where(space.active(moved) & ~space.active(unit), uniform(bits), moved)

@@ -431,3 +431,12 @@ def test_defaults_are_those_of_the_papers():
     s = particle_swarm(cube(2), variant="spso2011").settings
     np.testing.assert_allclose([s.inertia, s.cognitive, s.social], [0.7213475, 1.1931472, 1.1931472], rtol=1e-6)
     assert particle_swarm(cube(2), inertia=0.5, social=2).settings[:3] == (0.5, s.cognitive * 0 + 0.7298 * 2.05, 2)
+
+
+def test_known_results_are_not_tried_again():
+    known = [({"x": x}, x) for x in np.linspace(0.05, 0.95, 16).tolist()]
+    method = hpo.particle_swarm({"x": hpo.Float(0.0, 1.0)}, particles=4, batch=16)
+    objective = lambda key, h: h["x"]  # noqa: E731
+    result = hpo.minimize(objective, method, key=jax.random.key(0), trials=16, initial=known, progress=False)
+    tried = np.asarray(result.trials.hparams["x"])[np.asarray(result.trials.id) >= 0]
+    assert len(tried) == 16 and np.abs(tried[:, None] - np.array([x for _, x in known])).min() > 1e-5

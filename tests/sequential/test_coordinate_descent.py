@@ -408,7 +408,7 @@ def test_what_is_no_argument_is_refused():
         coordinate_descent(space, starts=0)
     with pytest.raises(TypeError, match="batch must be an integer, got 2.5"):
         coordinate_descent(space, batch=2.5)
-    with pytest.raises(ValueError, match="order must be 'adaptive' or 'cyclic', got 'random'"):
+    with pytest.raises(ValueError, match=r"order must be one of \['adaptive', 'cyclic'\], got 'random'"):
         coordinate_descent(space, order="random")
 
 
