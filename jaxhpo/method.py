@@ -43,6 +43,11 @@ def count(value: int | jax.Array = 0) -> Count:
     return Count(jnp.asarray(value, jnp.int32))
 
 
+def is_count(x: PyTree) -> bool:
+    """Whether a node of a state is a `Count`."""
+    return isinstance(x, Count)
+
+
 def axes(state: PyTree) -> PyTree:
     """The `vmap` axes of a batched state: 0, and `None` at a `Count`, so that branching on one stays a branch.
 
@@ -52,8 +57,12 @@ def axes(state: PyTree) -> PyTree:
       >>> states = jax.vmap(method.init, out_axes=hpo.axes(method.init(jax.random.key(0))))(
       ...     jax.random.split(jax.random.key(0), 8))
     """
-    is_count = lambda x: isinstance(x, Count)  # noqa: E731
     return jax.tree.map(lambda x: None if is_count(x) else 0, state, is_leaf=is_count)
+
+
+def where_rows(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    """The rows of `a` where `mask`, bool[rows], is True, and those of `b` elsewhere; arrays [rows, ...]."""
+    return jax.tree.map(lambda x, y: jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, y), a, b)
 
 
 def keep(state: PyTree, capacity: int) -> PyTree:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo.draws import bits, uniform
-from jaxhpo.draws import two_uniforms as two_uniforms
 from jaxhpo.space import Space
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxhpo.bandit.schedule import Bracket, kept, schedule
-from jaxhpo.method import Count, Initializer, Method, Trials, bare, count, failed, ranked
+from jaxhpo.method import Count, Initializer, Method, Trials, bare, count, failed, ranked, where_rows
 from jaxhpo.space import Space
 
 PyTree = Any
@@ -68,10 +68,6 @@ class State(NamedTuple):
     kept: Kept
     sampler: PyTree
     """state of the method that chooses configurations"""
-
-
-def _where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, y), a, b)
 
 
 def _put(records: PyTree, slot: jax.Array, rows: PyTree) -> PyTree:
@@ -192,7 +188,7 @@ def _functions(
         trial = jnp.where(fresh, table.trial, held.place.trial)
         place = Place(table.bracket, table.rung, table.member, trial)
         unit = jnp.where(fresh[:, None], drawn[turn], held.unit)
-        aux = _where(fresh, jax.tree.map(lambda x: x[turn], aux), held.aux)
+        aux = where_rows(fresh, jax.tree.map(lambda x: x[turn], aux), held.aux)
         begun = Kept(place, unit, jnp.full(batch, jnp.inf, unit.dtype), jnp.zeros(batch, bool), aux)
         records = _put(records, jnp.where(fresh, slot, slots), begun)
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from jaxhpo.checks import one_of, real, whole
+from jaxhpo.draws import two_uniforms
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.population.cma_margin import (
     Categories,
@@ -42,7 +43,7 @@ from jaxhpo.population.cma_update import (
 )
 from jaxhpo.population.restarts import Run, after_generation, first_run, largest, next_run
 from jaxhpo.space import Space, working_dtype
-from jaxhpo.variation import reflect, two_uniforms
+from jaxhpo.variation import reflect
 
 AGE = 0.3
 OUTLYING = 6

@@ -14,7 +14,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxhpo.checks import whole
-from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, axes, bare, black_box, count, keep, ranked
+from jaxhpo.method import (
+    Count,
+    Initializer,
+    Method,
+    PyTree,
+    Trials,
+    axes,
+    bare,
+    black_box,
+    count,
+    is_count,
+    keep,
+    ranked,
+    where_rows,
+)
 from jaxhpo.space import Space
 
 
@@ -48,22 +62,14 @@ class Row(NamedTuple):
     """the method's own memory of the row"""
 
 
-def _where(mask: jax.Array, a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, y), a, b)
-
-
-def _is_count(x: PyTree) -> bool:
-    return isinstance(x, Count)
-
-
 def with_counts(state: PyTree, counts: PyTree) -> PyTree:
     """`state` with the counts of another state of the same method."""
-    return jax.tree.map(lambda x, y: x if _is_count(x) else y, counts, state, is_leaf=_is_count)
+    return jax.tree.map(lambda x, y: x if is_count(x) else y, counts, state, is_leaf=is_count)
 
 
 def without_counts(state: PyTree) -> PyTree:
     """`state` with nothing in the place of its counts."""
-    return jax.tree.map(lambda x: () if _is_count(x) else x, state, is_leaf=_is_count)
+    return jax.tree.map(lambda x: () if is_count(x) else x, state, is_leaf=is_count)
 
 
 def turns(island: jax.Array, active: jax.Array, islands: int) -> jax.Array:
@@ -162,9 +168,9 @@ def _functions(
         is_better = least < best.loss
         row, slopes = jax.tree.map(lambda x: x[at][:, None], (trials, gradients))
         return Best(
-            _where(is_better, row, best.trials),
+            where_rows(is_better, row, best.trials),
             jnp.where(is_better, least, best.loss),
-            _where(is_better, slopes, best.gradients),
+            where_rows(is_better, slopes, best.gradients),
         )
 
     def reserve(state: State, capacity: int) -> State:
