@@ -1,0 +1,208 @@
+"""The Gaussian processes that are kept between two asks: chains of hyperparameters, and factors that grow.
+
+How much work an ask does depends on how many trials were told, by a table of sizes. Hyperparameters take another
+trajectory when enough trials have come since the last; in between, factors get new rows. From 1,025 trials on the
+models know 1,024 of them: the best ones, others evenly from all ranks, and the latest.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxhpo.history import SMALLEST, History
+from jaxhpo.method import Count, count
+from jaxhpo.sequential.surrogate import gp, hamiltonian
+from jaxhpo.sequential.surrogate.kernel import features
+from jaxhpo.space import Space, working_dtype
+
+GROWTH = 2
+
+
+class Plan(NamedTuple):
+    """How much is done at a size."""
+
+    rows: int
+    """of the models"""
+    members: int
+    """models in the ensemble"""
+    period: int
+    """trials told between two trajectories of the hyperparameters"""
+    candidates: int
+    """points at which the acquisition is tried first"""
+    starts: int
+    """points from which it is climbed"""
+    steps: int
+    """of the climb"""
+
+
+PLANS = (
+    Plan(64, members=6, period=2, candidates=800, starts=8, steps=20),
+    Plan(128, members=6, period=2, candidates=800, starts=8, steps=20),
+    Plan(256, members=4, period=8, candidates=600, starts=8, steps=20),
+    Plan(512, members=3, period=32, candidates=512, starts=4, steps=20),
+    Plan(1024, members=2, period=64, candidates=512, starts=4, steps=20),
+)
+MEMBERS = max(plan.members for plan in PLANS)
+MOST = PLANS[-1].rows
+LATEST = MOST // 8
+FITTED = 256
+LEAPS = 6
+
+
+class Model(NamedTuple):
+    """The ensemble between two asks."""
+
+    chains: hamiltonian.Chains
+    """of hyperparameters, in coordinates in which their prior is standard normal"""
+    factors: jax.Array
+    """float[...]: `Posterior.w` of the size in use, its members, rows and columns in one row"""
+    chosen: jax.Array
+    """i32[896]: rows of the history that the models know, where they do not know all"""
+    fitted: Count
+    """i32[]: rows told before the last trajectory"""
+    factored: Count
+    """i32[]: rows told before the last change of the factors"""
+    chose: Count
+    """i32[]: rows told before `chosen` was"""
+
+
+def plans(capacity: int) -> tuple[Plan, ...]:
+    """What is done at each size of a history with that capacity; in the last the models may not know all of it."""
+    return tuple(plan for plan in PLANS if plan.rows <= max(capacity, SMALLEST)) + PLANS[-1:] * (capacity > MOST)
+
+
+def _room(capacity: int) -> int:
+    return max(plan.members * plan.rows**2 for plan in plans(capacity))
+
+
+def init(key: jax.Array, prior: gp.Prior, capacity: int) -> Model:
+    """Before anything was told: chains from the prior."""
+    return Model(
+        chains=hamiltonian.start(key, prior.mean, MEMBERS),
+        factors=jnp.zeros(_room(capacity), working_dtype()),
+        chosen=jnp.zeros(MOST - LATEST, jnp.int32),
+        fitted=count(),
+        factored=count(),
+        chose=count(),
+    )
+
+
+def reserve(model: Model, capacity: int) -> Model:
+    """`model` for a history of that capacity."""
+    more = _room(capacity) - model.factors.shape[0]
+    return model._replace(factors=jnp.pad(model.factors, (0, max(more, 0))))
+
+
+def representatives(losses: jax.Array, mask: jax.Array, number: int) -> jax.Array:
+    """Rows that stand for all: the best half of `number`, then evenly from the other ranks: i32[number].
+
+    Args:
+      losses: float[rows], +inf where a trial failed.
+      mask: bool[rows], at least `number` of which are True if each is to be chosen once.
+      number: of rows to choose.
+    """
+    order = jnp.argsort(jnp.where(mask, losses, jnp.inf), stable=True).astype(jnp.int32)
+    held = jnp.argsort(~mask[order], stable=True)
+    best, others = number // 2, number - number // 2
+    step = jnp.maximum(mask.sum(dtype=jnp.int32) - best, others) / others
+    rank = jnp.concatenate([jnp.arange(best), best + (step * jnp.arange(others)).astype(jnp.int32)])
+    return order[held[jnp.minimum(rank, mask.shape[0] - 1)]]
+
+
+class Seen(NamedTuple):
+    """The rows of a history that the models know."""
+
+    unit: jax.Array
+    losses: jax.Array
+    mask: jax.Array
+
+    def at(self, rows: jax.Array) -> "Seen":
+        """Some of the rows."""
+        return jax.tree.map(lambda x: x[rows], self)
+
+
+def observe(
+    key: jax.Array, space: Space, prior: gp.Prior, model: Model, history: History, level: int, newest: int
+) -> tuple[Model, gp.Posterior]:
+    """The posterior after all that was told, and the model that it came from.
+
+    Args:
+      key: of the trajectory.
+      space: whose points they are.
+      prior: of the hyperparameters.
+      model: after the last ask.
+      history: what was told.
+      level: which of the `plans` of the history's capacity; its models have room for all rows told, unless it is
+        behind the last size.
+      newest: rows up to which factors are extended one by one, at least 1.
+    """
+    capacity, told = history.losses.shape[0], history.count.value
+    plan = plans(capacity)[level]
+    knows_all = level < len(PLANS)
+    before = 0 if level == 0 else plans(capacity)[level - 1].rows
+    is_due = (told - model.fitted.value >= plan.period) | (model.fitted.value <= before)
+    is_new = is_due | (told > capacity) | (told - model.factored.value > newest)
+
+    recent = Seen(history.unit, history.losses, history.mask)
+    if knows_all:
+        seen, first = jax.tree.map(lambda x: x[: plan.rows], recent), model.factored.value
+    else:
+        choose = lambda: representatives(history.losses, history.mask, MOST - LATEST)  # noqa: E731
+        chosen = lax.cond(is_new, choose, lambda: model.chosen)
+        chose = jnp.where(is_new, told, model.chose.value)
+        latest = chose + jnp.arange(LATEST, dtype=jnp.int32)
+        seen = recent.at(jnp.concatenate([chosen, jnp.minimum(latest, capacity - 1)]))
+        is_told = jnp.concatenate([jnp.ones(MOST - LATEST, bool), latest < jnp.minimum(told, capacity)])
+        seen = seen._replace(mask=seen.mask & is_told)
+        first = MOST - LATEST + model.factored.value - chose
+        model = model._replace(chosen=chosen, chose=Count(chose))
+
+    x = features(space, seen.unit)
+    example = jax.tree.map(lambda leaf: leaf[0], model.chains.position)
+
+    data = gp.data_of(x, seen.losses, seen.mask, None)
+
+    def known(data: gp.Data) -> gp.Data:
+        return data._replace(between=gp.shared(space, example, data.x, data.x))
+
+    def move() -> hamiltonian.Chains:
+        some = data
+        if plan.rows > FITTED:
+            rows = representatives(seen.losses, seen.mask, FITTED)
+            some = gp.data_of(x[rows], seen.losses[rows], seen.mask[rows], None)
+        mine = jax.tree.map(lambda leaf: leaf[: plan.members], model.chains.position)
+        density = functools.partial(gp.log_posterior, space, prior, known(some))
+        chains = hamiltonian.advance(key, density, model.chains._replace(position=mine), LEAPS)
+        place = lambda all_, new: all_.at[: plan.members].set(new)  # noqa: E731
+        return chains._replace(position=jax.tree.map(place, model.chains.position, chains.position))
+
+    chains = lax.cond(is_due, move, lambda: model.chains)
+    parameters = jax.vmap(prior.at)(jax.tree.map(lambda leaf: leaf[: plan.members], chains.position))
+    shape = plan.members, plan.rows, plan.rows
+    size = plan.members * plan.rows**2
+
+    def afresh() -> jax.Array:
+        return gp.factors(space, parameters, known(data))
+
+    def grown() -> jax.Array:
+        w = model.factors[:size].reshape(shape)
+        row = jnp.arange(plan.rows)
+
+        def add(i: jax.Array, w: jax.Array) -> jax.Array:
+            at = jnp.minimum(first + i, plan.rows - 1)
+            longer, _ = gp.extended(space, parameters, x, seen.mask & (row < at), w, at, x[at])
+            return jnp.where(seen.mask[at] & (first + i < plan.rows), longer, w)
+
+        return lax.fori_loop(0, newest, add, w)
+
+    w = lax.cond(is_new, afresh, grown)
+    model = model._replace(
+        chains=chains,
+        factors=lax.dynamic_update_slice(model.factors, w.reshape(-1), (0,)),
+        fitted=Count(jnp.where(is_due, told, model.fitted.value)),
+        factored=Count(told),
+    )
+    return model, gp.condition(parameters, w, data)
