@@ -17,7 +17,7 @@ Bayesian optimization, eqs. 8 and 9. Abramowitz and Stegun (1964), 26.2.14 and 7
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ TERMS = {np.dtype("float32"): 11, np.dtype("float64"): 22}
 def _tail_polynomial(terms: int) -> np.ndarray:
     """Coefficients of D(x) - x, highest power first, in y = 2 (1 + SHIFT) / (x + SHIFT) - 1, for x >= 1."""
 
-    def remainder(y: np.ndarray) -> np.ndarray:
+    def remainder(y: Any) -> Any:
         x = 2 * (1 + SHIFT) / (1 + y) - SHIFT
         value = x
         for k in range(600, 1, -1):
