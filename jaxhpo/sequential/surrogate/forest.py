@@ -31,14 +31,15 @@ CATEGORICAL = 2.0
 PRIOR_ROWS = 1.0
 LEAST_VARIANCE = 1e-6
 LEAST_GAIN = 1e-12
+MORE = 4
 BLOCK = 32
 
 
 class Forest(NamedTuple):
     """Trees as tables: the entry [d, t, s] is the node of tree t at depth d whose rows start at s."""
 
-    dim: jax.Array
-    """i32[depth, trees, rows]: the dim that a node splits"""
+    split: jax.Array
+    """i32[depth, trees, rows]: the dim that a node splits, plus `dims` times which of its tries it was"""
     threshold: jax.Array
     """float[depth, trees, rows]: rows up to it go to the left, which starts where the node does"""
     right: jax.Array
@@ -125,12 +126,30 @@ def _before(sums: jax.Array, start: jax.Array) -> jax.Array:
     return jnp.where((start > 0)[..., None], _at(sums, jnp.maximum(start - 1, 0)), 0)
 
 
-def _columns(values: jax.Array, row: jax.Array, k: int, dims: jax.Array | None) -> jax.Array:
-    """The coordinates of some rows in the dims that are tried: float[trees, rows, k] for i32[trees, rows]."""
-    n, width = values.shape
-    if dims is None:
-        return jnp.tile(values, (1, k // width))[row]
-    return values.reshape(n * width)[row[..., None] * width + dims[:, None]]
+def _tries(space: Space, splits: int) -> np.ndarray:
+    """The splits that every node tries if it tries all dims, i32[k]: the dim, and `dims` times which try it is.
+
+    A categorical has more of them, for the many ways to part its levels, as long as all are about twice `splits`.
+    """
+    least = -(-splits // space.dims)
+    spare = max(2 * splits - least * space.dims, 0) // max(space.categorical.sum(), 1)
+    more = np.minimum(least * np.clip(space.levels - 1, 1, MORE), least + spare)
+    number = np.where(space.categorical, more, least)
+    return np.concatenate([d + space.dims * np.arange(n) for d, n in enumerate(number)]).astype(np.int32)
+
+
+def _columns(space: Space, values: jax.Array, row: jax.Array, tries: np.ndarray | jax.Array) -> jax.Array:
+    """The coordinates of some rows in the dims that are tried: float[trees, rows, k] for i32[trees, rows].
+
+    Args:
+      space: whose dims they are.
+      values: float[n, dims].
+      row: i32[trees, rows].
+      tries: i32[k], or i32[trees, k] for each tree.
+    """
+    if tries.ndim == 1:
+        return values[:, tries % space.dims][row]
+    return values.reshape(-1)[row[..., None] * space.dims + tries[:, None]]
 
 
 def _pick(columns: jax.Array, best: jax.Array) -> jax.Array:
@@ -138,15 +157,17 @@ def _pick(columns: jax.Array, best: jax.Array) -> jax.Array:
 
 
 def _grow(
-    space: Space, values: jax.Array, target: jax.Array, leaf: int, nodes: _Nodes, draws: _Draws
+    space: Space, values: jax.Array, target: jax.Array, splits: int, leaf: int, nodes: _Nodes, draws: _Draws
 ) -> tuple[_Nodes, tuple[jax.Array, ...]]:
     """Splits every node of one depth, and how: the tables of a `Forest` at that depth."""
     trees, rows = nodes.row.shape
     k = draws.between.shape[1]
+    tries = _tries(space, splits) if draws.dims is None else draws.dims
+    orders = (draws.order[:, None] + (tries // space.dims).astype(np.uint32))[:, None]
     row, start, size, place = nodes.row, nodes.start, nodes.size, jnp.arange(rows, dtype=jnp.int32)
     one = (draws.where[:, :1] * size).astype(jnp.int32)
     other = (one + 1 + (draws.where[:, 1:] * (size - 1)).astype(jnp.int32)) % size
-    at = lambda rows: _ordered(space, _columns(values, rows, k, draws.dims), draws.order[:, None, None])  # noqa: E731
+    at = lambda rows: _ordered(space, _columns(space, values, rows, tries), orders)  # noqa: E731
     here, ends = at(row), (at(_at(row, start + one)), at(_at(row, start + other)))
     low, high = jnp.minimum(*ends), jnp.maximum(*ends)
     threshold = low + draws.between[:, None] * (high - low)
@@ -165,27 +186,27 @@ def _grow(
     reduction = jnp.where(allowed, gain * gain / jnp.maximum(left * right, 1), 0)
     best = jnp.argmax(reduction, -1).astype(jnp.int32)
 
-    splits = _pick(reduction, best) > LEAST_GAIN
+    parts = _pick(reduction, best) > LEAST_GAIN
     lefts, sum_left = _pick(left, best).astype(jnp.int32), _pick(gain, best)
     goes_left = _pick(is_left, best)
     rank = _pick(sums[..., :k], best).astype(jnp.int32) - _pick(before[..., :k], best).astype(jnp.int32)
     moved = jnp.where(goes_left, start + rank - 1, place + lefts - rank)
-    moved = jnp.where(splits, moved, place) + jnp.arange(trees, dtype=jnp.int32)[:, None] * rows
+    moved = jnp.where(parts, moved, place) + jnp.arange(trees, dtype=jnp.int32)[:, None] * rows
     row = jnp.zeros(trees * rows, jnp.int32).at[moved.reshape(-1)].set(row.reshape(-1), unique_indices=True)
 
-    middle = jnp.where(splits, start + lefts, start)
-    is_right = splits & (place >= middle)
+    middle = jnp.where(parts, start + lefts, start)
+    is_right = parts & (place >= middle)
     rights = jnp.maximum(size - lefts, 1)
     change = jnp.where(is_right, -sum_left / rights, sum_left / jnp.maximum(lefts, 1))
     children = _Nodes(
         row=row.reshape(trees, rows),
         start=jnp.where(is_right, middle, start),
-        size=jnp.where(splits, jnp.where(is_right, rights, lefts), size),
-        mean=nodes.mean + jnp.where(splits, change, 0),
-        prior=jnp.where(splits, _shrunk(totals[..., -1], size, nodes.prior), nodes.prior),
+        size=jnp.where(parts, jnp.where(is_right, rights, lefts), size),
+        mean=nodes.mean + jnp.where(parts, change, 0),
+        prior=jnp.where(parts, _shrunk(totals[..., -1], size, nodes.prior), nodes.prior),
     )
-    dim = best % space.dims if draws.dims is None else jnp.take_along_axis(draws.dims, best, 1)
-    return children, (dim, _pick(threshold, best), middle)
+    tried = jnp.asarray(tries)[best] if draws.dims is None else jnp.take_along_axis(draws.dims, best, 1)
+    return children, (tried, _pick(threshold, best), middle)
 
 
 def _shrunk(squares: jax.Array, size: jax.Array, prior: jax.Array) -> jax.Array:
@@ -227,7 +248,7 @@ def fit(
       trees: how many, at least 1.
       depth: of the trees, 2 more than binary ones of single rows would have if not given.
       rows: what a tree learns from at most, at least 1: all rows up to this number, else that many random ones.
-      splits: how many splits a node tries at least; each dim as often as any other, or that many random dims.
+      splits: how many splits a node tries at least: in every dim, or in that many random ones where there are more.
       leaf: rows in a leaf at least.
 
     Example:
@@ -247,7 +268,7 @@ def fit(
     key_rows, key_dims, key_splits, key_order = jax.random.split(key, 4)
     row, live = _subsamples(key_rows, mask, trees, rows)
     tries_all = space.dims <= splits
-    k = space.dims * -(-splits // space.dims) if tries_all else splits
+    k = _tries(space, splits).size if tries_all else splits
     drawn = uniform(bits(key_splits, (depth, trees, 2 + k)))
     shuffled = None if tries_all else jnp.argsort(bits(key_dims, (depth, trees, space.dims)), axis=-1)
     draws = _Draws(
@@ -269,13 +290,13 @@ def fit(
         mean=whole(mean),
         prior=whole(jnp.ones_like(mean)),
     )
-    grow = functools.partial(_grow, space, values, target, leaf)
-    leaves, (dim, threshold, right) = lax.scan(grow, root, draws)
+    grow = functools.partial(_grow, space, values, target, splits, leaf)
+    leaves, (split, threshold, right) = lax.scan(grow, root, draws)
     residual = target[leaves.row] - leaves.mean
     sums = _running_sums(jnp.where(is_live, residual * residual, 0)[..., None])
     squares = (_at(sums, leaves.start + leaves.size - 1) - _before(sums, leaves.start))[..., 0]
     size = whole(jnp.where(is_live, leaves.size, 0))
-    return Forest(dim, threshold, right, draws.order, leaves.mean, _shrunk(squares, size, leaves.prior), size)
+    return Forest(split, threshold, right, draws.order, leaves.mean, _shrunk(squares, size, leaves.prior), size)
 
 
 def _leaf(forest: Forest, space: Space, unit: jax.Array) -> jax.Array:
@@ -284,12 +305,14 @@ def _leaf(forest: Forest, space: Space, unit: jax.Array) -> jax.Array:
     flat, first = values.reshape(-1), jnp.arange(unit.shape[0], dtype=jnp.int32) * space.dims
 
     def descend(start: jax.Array, depth: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        dim, threshold, right, order = depth
-        value = _ordered(space, flat[first + _at(dim, start)], order[:, None])
+        split, threshold, right, order = depth
+        tried = _at(split, start)
+        orders = order[:, None] + (tried // space.dims).astype(jnp.uint32)
+        value = _ordered(space, flat[first + tried % space.dims], orders)
         return jnp.where(value <= _at(threshold, start), start, _at(right, start)), None
 
     start = jnp.zeros((forest.mean.shape[0], unit.shape[0]), jnp.int32)
-    return lax.scan(descend, start, (forest.dim, forest.threshold, forest.right, forest.order))[0]
+    return lax.scan(descend, start, (forest.split, forest.threshold, forest.right, forest.order))[0]
 
 
 def predict(forest: Forest, space: Space, unit: jax.Array) -> tuple[jax.Array, jax.Array]:
