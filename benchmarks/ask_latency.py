@@ -276,6 +276,11 @@ def main():
     names, parts = a.only.split(","), a.parts.split(",")
     builds = {name: builder(name, a.stand_in) for name in names}
     rows = {part: [] for part in PARTS}
+
+    def add(part, row):
+        rows[part].append(row)
+        print(part, row, file=sys.stderr, flush=True)
+
     load = os.getloadavg()[0]
     for name, build in builds.items():
         if build is None:
@@ -290,17 +295,17 @@ def main():
             continue
         if "first" in parts:
             first, process = fresh_first_ask(name, a.stand_in)
-            rows["first"].append(f"| {label(name, build)} | {first:.2f} | {process:.2f} |")
+            add("first", f"| {label(name, build)} | {first:.2f} | {process:.2f} |")
         if "growth" in parts:
             asks, tells, took = growth(build, a.trials)
-            rows["growth"].append(f"| {label(name, build)} | {a.trials} | {asks} | {tells} | {took:.1f} |")
+            add("growth", f"| {label(name, build)} | {a.trials} | {asks} | {tells} | {took:.1f} |")
         if "study" in parts:
             compiling, running = whole_study(build, a.trials)
-            rows["study"].append(f"| {label(name, build)} | {a.trials} | {compiling:.2f} | {running:.2f} |")
+            add("study", f"| {label(name, build)} | {a.trials} | {compiling:.2f} | {running:.2f} |")
         if "vmap" in parts and name == "tpe":
             compiling, each, alone = side_by_side(build, a.studies, 100)
             figures = f"{compiling:.2f} | {1e3 * each:.1f} | {1e3 * alone:.1f}"
-            rows["vmap"].append(f"| {label(name, build)} | {a.studies} x 100 trials | {figures} |")
+            add("vmap", f"| {label(name, build)} | {a.studies} x 100 trials | {figures} |")
 
     device = jax.devices()[0].device_kind
     print(

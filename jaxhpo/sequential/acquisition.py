@@ -9,11 +9,11 @@ repeated integrals of the normal tail,
   D(x) = Phi(-x) / h(-x) = x + 2/(x + 3/(x + 4/(x + ...))),
 
 has only positive terms, and gives all that is wanted: h(-x) = phi(x) / (1 + x D), Phi(-x) = D h(-x),
-(log h)'(-x) = D, (log Phi)'(-x) = x + 1/D. It is read from a polynomial. This replaces the erfcx form and the
-asymptotic one of the paper, whose log1mexp loses half of the digits where the two meet.
+(log h)'(-x) = D, (log Phi)'(-x) = x + 1/D. It is read from a polynomial. This stands where Ament et al. have erfcx with
+log1mexp, whose digits cancel as x grows, and an asymptotic series behind it.
 
 References: Ament, Daulton, Eriksson, Balandat and Bakshy (2023), Unexpected improvements to expected improvement for
-Bayesian optimization, eqs. 8 and 9. Abramowitz and Stegun (1964), 26.2.14 and 7.2.13, for the fractions.
+Bayesian optimization, section 4.1. NIST Digital Library of Mathematical Functions, 7.18(v), for the fraction.
 """
 
 from collections.abc import Callable

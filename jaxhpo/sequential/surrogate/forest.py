@@ -270,12 +270,13 @@ def fit(
     tries_all = space.dims <= splits
     k = _tries(space, splits).size if tries_all else splits
     drawn = uniform(bits(key_splits, (depth, trees, 2 + k)))
-    shuffled = None if tries_all else jnp.argsort(bits(key_dims, (depth, trees, space.dims)), axis=-1)
+    # One dim out of each of k equal ranges of them: a sort of random numbers would take longer than the trees.
+    which = (jnp.arange(k) + uniform(bits(key_dims, (depth, trees, k)))) * (space.dims / k)
     draws = _Draws(
         where=drawn[..., :2],
         between=drawn[..., 2:],
         order=bits(key_order, (depth, trees)),
-        dims=None if shuffled is None else shuffled[..., :k].astype(jnp.int32),
+        dims=None if tries_all else jnp.minimum(which.astype(jnp.int32), space.dims - 1),
     )
 
     place = jnp.arange(rows, dtype=jnp.int32)

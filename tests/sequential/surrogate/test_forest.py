@@ -76,12 +76,12 @@ def test_errs_no_more_than_scikit_learns_extremely_randomised_trees():
 def test_a_leaf_has_the_mean_of_the_rows_that_reach_it(rows, splits):
     unit, target, _ = mixed_data(128, 3)
     target, mask = standard(target).astype(np.float32), np.arange(128) % 8 != 0
-    found = grow(KEY, MIXED, unit, jnp.asarray(target), jnp.asarray(mask), trees=6, rows=rows, splits=splits, leaf=3)
+    found = grow(KEY, MIXED, unit, jnp.asarray(target), jnp.asarray(mask), trees=6, rows=rows, splits=splits)
     leaves = walk(found, MIXED, unit)
     for t in range(6):
         owned = np.unique(leaves[t, mask])
         assert np.asarray(found.size)[t, owned].sum() == min(rows, mask.sum())
-        assert len(owned) > 8 and (np.asarray(found.size)[t, owned] >= 3).all()
+        assert len(owned) > 8 and np.asarray(found.size)[t, owned].min() == 2
         if rows < mask.sum():
             continue
         for leaf in owned:
@@ -130,8 +130,8 @@ def test_rows_that_are_not_marked_change_nothing():
     unit, target, _ = mixed_data(128, 5)
     mask, target = jnp.arange(128) < 90, jnp.asarray(standard(target), jnp.float32)
     forget = lambda value: jnp.where(mask, target, value)  # noqa: E731
-    a = grow(KEY, MIXED, unit, forget(jnp.nan), mask, trees=6, rows=128)
-    b = grow(KEY, MIXED, jnp.where(mask[:, None], unit, 0.0), forget(1e9), mask, trees=6, rows=128)
+    a = grow(KEY, MIXED, unit, forget(jnp.nan), mask, trees=6, rows=128, splits=10)
+    b = grow(KEY, MIXED, jnp.where(mask[:, None], unit, 0.0), forget(1e9), mask, trees=6, rows=128, splits=10)
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -163,8 +163,9 @@ def test_one_split_groups_levels_that_are_no_neighbours():
 
 
 def test_points_that_decode_alike_are_told_alike():
-    unit, target, _ = mixed_data(64, 7)
-    found = grow(KEY, MIXED, unit, jnp.asarray(standard(target)), jnp.ones(64, bool), trees=6, rows=64)
+    unit, target, _ = mixed_data(128, 7)
+    target, mask = jnp.asarray(standard(target), jnp.float32), jnp.ones(128, bool)
+    found = grow(KEY, MIXED, unit, target, mask, trees=6, rows=128, splits=10)
     has_levels = np.flatnonzero(MIXED.levels)
     moved = unit.at[:, has_levels].set(MIXED.middle(MIXED.level(unit)))
     assert not np.array_equal(unit, moved)
@@ -172,17 +173,17 @@ def test_points_that_decode_alike_are_told_alike():
 
 
 def test_nothing_to_learn_from():
-    unit = LINE.sample(KEY, 16)
-    few = functools.partial(grow, KEY, LINE, trees=8, rows=16)
-    mean, std = ask(few(unit * jnp.nan, jnp.full(16, jnp.nan), jnp.zeros(16, bool)), LINE, unit)
+    unit, n = LINE.sample(KEY, 48), 48
+    few = functools.partial(grow, KEY, LINE, rows=n)
+    mean, std = ask(few(unit * jnp.nan, jnp.full(n, jnp.nan), jnp.zeros(n, bool)), LINE, unit)
     assert (mean == 0).all() and (std == 1).all()
-    mean, std = ask(few(unit, jnp.full(16, 0.75), jnp.arange(16) == 5), LINE, unit)
+    mean, std = ask(few(unit, jnp.full(n, 0.75), jnp.arange(n) == 5), LINE, unit)
     np.testing.assert_allclose(mean, 0.75, rtol=1e-6)
     np.testing.assert_allclose(std, np.sqrt(1 / 2), rtol=1e-6)
-    mean, std = ask(few(unit, jnp.zeros(16), jnp.ones(16, bool)), LINE, unit)
+    mean, std = ask(few(unit, jnp.zeros(n), jnp.ones(n, bool)), LINE, unit)
     assert (mean == 0).all()
-    np.testing.assert_allclose(std, np.sqrt(1 / 17), rtol=1e-5)
-    same = ask(few(jnp.full((16, 1), 0.3), standard(jnp.arange(16.0)), jnp.ones(16, bool)), LINE, unit)
+    np.testing.assert_allclose(std, np.sqrt(1 / 49), rtol=1e-5)
+    same = ask(few(jnp.full((n, 1), 0.3), standard(jnp.arange(48.0)), jnp.ones(n, bool)), LINE, unit)
     np.testing.assert_allclose(same[0], 0, atol=1e-6)
     np.testing.assert_allclose(same[1], 1, rtol=1e-5)
 
