@@ -9,15 +9,15 @@ repeated integrals of the normal tail,
   D(x) = Phi(-x) / h(-x) = x + 2/(x + 3/(x + 4/(x + ...))),
 
 has only positive terms, and gives all that is wanted: h(-x) = phi(x) / (1 + x D), Phi(-x) = D h(-x),
-(log h)'(-x) = D, (log Phi)'(-x) = x + 1/D. It is read from a polynomial. This replaces the erfcx form and the
-asymptotic one of the paper, whose log1mexp loses half of the digits where the two meet.
+(log h)'(-x) = D, (log Phi)'(-x) = x + 1/D. It is read from a polynomial. This stands where Ament et al. have erfcx with
+log1mexp, whose digits cancel as x grows, and an asymptotic series behind it.
 
 References: Ament, Daulton, Eriksson, Balandat and Bakshy (2023), Unexpected improvements to expected improvement for
-Bayesian optimization, eqs. 8 and 9. Abramowitz and Stegun (1964), 26.2.14 and 7.2.13, for the fractions.
+Bayesian optimization, section 4.1. NIST Digital Library of Mathematical Functions, 7.18(v), for the fraction.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ TERMS = {np.dtype("float32"): 11, np.dtype("float64"): 22}
 def _tail_polynomial(terms: int) -> np.ndarray:
     """Coefficients of D(x) - x, highest power first, in y = 2 (1 + SHIFT) / (x + SHIFT) - 1, for x >= 1."""
 
-    def remainder(y: np.ndarray) -> np.ndarray:
+    def remainder(y: Any) -> Any:
         x = 2 * (1 + SHIFT) / (1 + y) - SHIFT
         value = x
         for k in range(600, 1, -1):

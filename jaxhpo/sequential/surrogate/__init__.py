@@ -1,0 +1,1 @@
+"""Models of the loss as a function of the point, which sequential search learns from its trials."""
