@@ -15,7 +15,7 @@ from jaxhpo.trainable import Trainable
 from jaxhpo.bandit import hyperband, successive_halving
 from jaxhpo.exhaustive import grid
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm
-from jaxhpo.sequential import coordinate_descent
+from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei
 from jaxhpo.stochastic import annealing, quasirandom, random
 
 # Running a study.
@@ -49,7 +49,9 @@ __all__ = [
     "ask_key",
     "axes",
     "cma_es",
+    "bayesian",
     "coordinate_descent",
+    "gp_ei",
     "differential_evolution",
     "external",
     "flax_trainable",

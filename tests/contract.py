@@ -17,7 +17,7 @@ from jaxhpo.bandit import hyperband, successive_halving
 from jaxhpo.exhaustive import grid
 from jaxhpo.method import Method, Trials
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm
-from jaxhpo.sequential import coordinate_descent
+from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei
 from jaxhpo.stochastic import annealing, quasirandom, random
 
 
@@ -48,6 +48,8 @@ CASES = [
     ),
     Case("coordinate_descent", lambda space: coordinate_descent(space, starts=2, batch=5)),
     Case("coordinate_descent-cyclic", lambda space: coordinate_descent(space, starts=1, order="cyclic", batch=5)),
+    Case("gp_ei", lambda space: gp_ei(space, startup=5, batch=5)),
+    Case("bayesian-forest", lambda space: bayesian(space, surrogate="forest", startup=5, batch=5)),
     Case("genetic", lambda space: genetic(space, population=7, batch=5)),
     Case("genetic-rank", lambda space: genetic(space, population=4, selection="rank", crossover="sbx", batch=5)),
     Case("islands", lambda space: islands(genetic(space, population=6, batch=3), 2, every=2)),

@@ -1,4 +1,4 @@
-"""Bayesian optimization: a model of the loss from what was told, and the trials that the model thinks best.
+"""Bayesian optimization: a model of the loss from what was told, and the trials that are worth most to it.
 
 Jones, Schonlau and Welch (1998), Efficient global optimization of expensive black-box functions. Trials that are not
 told yet, of this ask and of `pending`, are in the model with losses that every member of the ensemble draws from what
@@ -7,7 +7,6 @@ section 3.2): the acquisition of the next one is averaged over these fantasies.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,32 +19,30 @@ from jaxhpo import history as record
 from jaxhpo.checks import one_of, real, whole
 from jaxhpo.draws import bits, uniform
 from jaxhpo.history import History
-from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, failed
+from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count
 from jaxhpo.sequential import proposal
 from jaxhpo.sequential.acquisition import ACQUISITIONS
-from jaxhpo.sequential.surrogate import ensemble, gp
-from jaxhpo.sequential.surrogate.kernel import features
+from jaxhpo.sequential.surrogate import ensemble, trees
+from jaxhpo.sequential.surrogate.surrogate import Prediction, Surrogate
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.untried import among, everything, fingerprints
 from jaxhpo.variation import latin_hypercube
 
+SURROGATES = ("gp", "forest")
+THOMPSON = "thompson"
 LEADERS = 8
 ENUMERATED = 1024
+GROWN_AT_ONCE = 64
 
 
 class Settings(NamedTuple):
     """Numeric settings of Bayesian optimization."""
 
-    lengthscale: jax.Array
-    """float[]: median of the prior of lengthscales, times the square root of the number of dims"""
-    noise: jax.Array
-    """float[]: median of the prior of the noise's variance, that of the Matérn part being 1"""
-    trend: jax.Array
-    """float[]: median of the prior of the quadratic trend's variance"""
-    tail: jax.Array
-    """float[]: median of the prior of how much the tail of the losses is drawn in"""
+    surrogate: PyTree
+    """of the surrogate: `ensemble.Settings` of "gp", none of "forest\""""
     exploration: jax.Array
-    """float[]: margin of an improvement, or for `ucb` how many standard deviations"""
+    """float[]: by how much a loss must improve, in standard deviations of the losses, or for "ucb" how many standard
+    deviations of the posterior count; without meaning for "thompson\""""
 
 
 class State(NamedTuple):
@@ -61,117 +58,141 @@ class State(NamedTuple):
     """i32[]: trials asked for so far"""
 
 
+class Tried(NamedTuple):
+    """Hashes of points that are not to be proposed."""
+
+    code: jax.Array
+    """u32[n]"""
+    mask: jax.Array
+    """bool[n]: those that count"""
+
+    def has(self, code: jax.Array) -> jax.Array:
+        """Which of u32[m] are among them."""
+        return among(code, self.code, self.mask)
+
+
 @functools.lru_cache(maxsize=256)
 def _functions(
-    space: Space, acquisition: str, startup: int, input_warping: bool, batch: int
+    space: Space, surrogate: Surrogate, acquisition: str, startup: int, batch: int
 ) -> tuple[Callable, Callable, Callable, Callable]:
-    score = ACQUISITIONS[acquisition]
-    all_points = everything(space, ENUMERATED)
-    design_rows = -(-startup // batch) * batch
-    newest = min(batch, 64)
-
-    def prior_of(settings: Settings) -> gp.Prior:
-        return gp.prior_of(space, settings.lengthscale, settings.noise, settings.trend, settings.tail, input_warping)
+    samples = acquisition == THOMPSON
+    score = ACQUISITIONS["ucb" if samples else acquisition]
+    points = everything(space, ENUMERATED)
+    # Of a space with real dims, the shortlist alone is compared with what was tried.
+    compares_all = samples or bool((space.levels > 0).all())
+    designed = -(-startup // batch) * batch
+    # Thompson's draws are independent: nothing has to be known of the other rows of an ask.
+    fantasies = 0 if batch == 1 or samples else batch
 
     def init(key: jax.Array, settings: Settings) -> State:
         key_design, key_model = jax.random.split(key)
         history = record.empty(space.dims, growth=ensemble.GROWTH)
         return State(
             history=history,
-            design=latin_hypercube(key_design, design_rows, space.dims),
-            model=ensemble.init(key_model, prior_of(settings), history.losses.shape[0]),
+            design=latin_hypercube(key_design, designed, space.dims),
+            model=surrogate.init(key_model, settings.surrogate, history.losses.shape[0]),
             settings=settings,
             asked=count(),
         )
 
-    def propose(level: int, key: jax.Array, state: State, pending: Trials | None) -> tuple[jax.Array, PyTree]:
-        history = state.history
-        capacity = history.losses.shape[0]
-        plan = ensemble.plans(capacity)[level]
-        waiting = 0 if pending is None else pending.unit.shape[0]
-        key_model, key_pool, key_picks = jax.random.split(key, 3)
-        prior = prior_of(state.settings)
-        model, posterior = ensemble.observe(key_model, space, prior, state.model, history, level, newest)
-        posterior = gp.widened(posterior, waiting + batch * (batch > 1))
-        drawn = bits(key_picks, ((waiting + batch) * plan.members + 2 * batch,))
-        seeds, normal = drawn[: 2 * batch].reshape(batch, 2), ndtri(uniform(drawn[2 * batch :])).reshape(-1, plan.members)
-
-        told = history if level == len(ensemble.PLANS) else jax.tree.map(lambda x: x[: plan.rows], history[:3])
-        unit, losses, mask = told[:3]
-        codes, is_code = fingerprints(space, unit), mask
+    def expect(
+        key: jax.Array, state: State, level: int, normal: jax.Array, pending: Trials | None
+    ) -> tuple[PyTree, PyTree, Tried]:
+        """The model, its posterior with room for the fantasies of an ask, and what was tried already."""
+        plan = surrogate.plans(state.history.losses.shape[0])[level]
+        waiting = normal.shape[0] - batch
+        newest, room = min(batch, GROWN_AT_ONCE), waiting + fantasies
+        parts = key, state.settings.surrogate, state.model, state.history, level, newest, room
+        model, posterior = surrogate.observe(*parts)
+        is_last = level == len(surrogate.plans(state.history.losses.shape[0])) - 1
+        rows = slice(None) if is_last else slice(plan.rows)
+        tried = Tried(fingerprints(space, state.history.unit[rows]), state.history.mask[rows])
         if pending is not None:
-            points = features(space, pending.unit)
 
-            def wait(posterior: gp.Posterior, row: tuple) -> tuple[gp.Posterior, None]:
-                return gp.fantasized(space, posterior, plan.rows + row[0], *row[1:])[0], None
+            def wait(posterior: PyTree, row: tuple) -> tuple[PyTree, None]:
+                return surrogate.fantasize(posterior, *row)[0], None
 
-            rows = jnp.arange(waiting), points, normal[batch:], pending.active
-            posterior, _ = lax.scan(wait, posterior, rows)
-            codes = jnp.concatenate([codes, fingerprints(space, pending.unit)])
-            is_code = jnp.concatenate([is_code, pending.active])
-        codes = jnp.pad(codes, (0, batch))
-        is_code = jnp.pad(is_code, (0, batch))
+            turns = jnp.arange(-room, -fantasies)
+            posterior, _ = lax.scan(wait, posterior, (turns, pending.unit, normal[batch:], pending.active))
+            tried = jax.tree.map(
+                lambda *parts: jnp.concatenate(parts), tried, Tried(fingerprints(space, pending.unit), pending.active)
+            )
+        return model, posterior, Tried(*(jnp.pad(x, (0, batch)) for x in tried))
 
-        if all_points is None:
-            leaders = unit[lax.top_k(-jnp.where(mask, losses, jnp.inf), min(LEADERS, unit.shape[0]))[1]]
-            pool = proposal.candidates(key_pool, space, leaders, plan.candidates)
+    def propose(level: int, key: jax.Array, state: State, pending: Trials | None) -> tuple[jax.Array, PyTree]:
+        history, waiting = state.history, 0 if pending is None else pending.unit.shape[0]
+        plan = surrogate.plans(history.losses.shape[0])[level]
+        key_model, key_pool, key_picks = jax.random.split(key, 3)
+        drawn = bits(key_picks, ((waiting + batch) * plan.members + 2 * batch,))
+        seeds, normal = drawn[: 2 * batch].reshape(batch, 2), ndtri(uniform(drawn[2 * batch :]))
+        normal = normal.reshape(-1, plan.members)
+        model, posterior, tried = expect(key_model, state, level, normal, pending)
+
+        if points is None:
+            best = lax.top_k(-jnp.where(history.mask, history.losses, jnp.inf), LEADERS)[1]
+            pool = proposal.candidates(key_pool, space, history.unit[best], plan.candidates)
         else:
-            pool = jnp.asarray(all_points, unit.dtype)
-        seen = features(space, pool)
-        prediction = gp.predict(space, posterior, seen)
-        pool_codes = fingerprints(space, pool) if (space.levels > 0).all() else None
+            pool = jnp.asarray(points, history.unit.dtype)
+        codes = fingerprints(space, pool) if compares_all else None
 
-        def worth(posterior: gp.Posterior, prediction: gp.Prediction) -> jax.Array:
-            std = gp.deviation(posterior, prediction.variance)
-            best, exploration = posterior.best[:, None], state.settings.exploration
-            values = score.ensemble(score.value(prediction.mean, std, best, exploration), 0)
+        def worth(posterior: PyTree, prediction: Prediction) -> jax.Array:
+            std = surrogate.std(posterior, prediction.variance)
+            values = score.value(prediction.mean, std, posterior.best[:, None], state.settings.exploration)
+            values = score.ensemble(values, 0)
             return jnp.where(jnp.isnan(values), -jnp.inf, values)
 
-        def pick(carry: tuple, row: tuple) -> tuple[tuple, jax.Array]:
-            posterior, prediction, codes, is_code = carry
-            turn, seed, normal = row
-            values = worth(posterior, prediction)
-            if pool_codes is not None:
-                values = jnp.where(among(pool_codes, codes, is_code), -jnp.inf, values)
-            if all_points is None:
-                value = lambda points: worth(posterior, gp.predict(space, posterior, features(space, points)))  # noqa: E731
-                start = pool[lax.top_k(values, plan.starts)[1]]
-                top = proposal.climbed(value, space, start, plan.steps)
-                top = proposal.neighboured(seed, value, space, top)
-                shortlist = jnp.concatenate([top, start])
-                values = value(shortlist)
-                values = jnp.where(among(fingerprints(space, shortlist), codes, is_code), -jnp.inf, values)
-            else:
-                shortlist = pool
-            # Of equals, such as when none is left, any: the first would be the same at every ask.
-            chosen = shortlist[jnp.argmax(values)]
-            at = codes.shape[0] - batch + turn
-            codes, is_code = codes.at[at].set(fingerprints(space, chosen)), is_code.at[at].set(True)
-            if batch > 1:
-                at = plan.rows + waiting + turn
-                always = jnp.ones((), bool)
-                point = features(space, chosen)
-                posterior, link = gp.fantasized(space, posterior, at, point, normal, always)
-                prediction = gp.updated(space, posterior, prediction, seen, link, at)
-            return (posterior, prediction, codes, is_code), chosen
+        def shortlist(
+            posterior: PyTree, values: jax.Array, seed: jax.Array, tried: Tried
+        ) -> tuple[jax.Array, jax.Array]:
+            """Points to choose from and how good they are."""
+            if points is not None or samples:
+                return pool, values
+            value = lambda unit: worth(posterior, surrogate.predict(posterior, unit))  # noqa: E731
+            start = pool[lax.top_k(values, plan.starts)[1]]
+            top = proposal.climbed(value, space, start, plan.steps) if plan.steps else start
+            moves = space.levels > 0 if plan.steps else space.levels >= 0
+            top = proposal.neighboured(seed, value, space, top, moves, plan.rounds)
+            both = jnp.concatenate([top, start])
+            return both, jnp.where(tried.has(fingerprints(space, both)), -jnp.inf, value(both))
 
-        rows = jnp.arange(batch), seeds, normal[:batch]
-        _, chosen = lax.scan(pick, (posterior, prediction, codes, is_code), rows)
+        def pick(carry: tuple, row: tuple) -> tuple[tuple, jax.Array]:
+            posterior, prediction, tried = carry
+            turn, seed, normal = row
+            if samples:
+                key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+                values = -surrogate.draw(key, posterior, prediction, pool)
+            else:
+                values = worth(posterior, prediction)
+            if codes is not None:
+                again = tried.has(codes)
+                values = jnp.where(again & ~again.all(), -jnp.inf, values)
+            choice, values = shortlist(posterior, values, seed, tried)
+            chosen = choice[jnp.argmax(values)]
+            at = tried.code.shape[0] + turn
+            tried = Tried(tried.code.at[at].set(fingerprints(space, chosen)), tried.mask.at[at].set(True))
+            if fantasies:
+                posterior, link = surrogate.fantasize(posterior, turn, chosen, normal, jnp.ones((), bool))
+                prediction = surrogate.updated(posterior, prediction, pool, link, turn)
+            return (posterior, prediction, tried), chosen
+
+        turns = jnp.arange(-batch, 0)
+        carry = posterior, surrogate.predict(posterior, pool), tried
+        _, chosen = lax.scan(pick, carry, (turns, seeds, normal[:batch]))
         return chosen, model
 
     def ask(key: jax.Array, state: State, pending: Trials | None = None) -> tuple[Trials, State]:
         asked, told = state.asked.value, state.history.count.value
-        sizes = [plan.rows for plan in ensemble.plans(state.history.losses.shape[0])]
+        sizes = [plan.rows for plan in surrogate.plans(state.history.losses.shape[0])]
         level = sum((told > size).astype(jnp.int32) for size in sizes[:-1])
-        # A design that is used up, or results that were known before it, leave the rest to the model.
-        starts = (asked < design_rows) & (told < startup)
 
         def begin() -> tuple[jax.Array, PyTree]:
-            first = jnp.minimum(asked, design_rows - batch)
+            first = jnp.minimum(asked, designed - batch)
             return lax.dynamic_slice_in_dim(state.design, first, batch), state.model
 
+        # Results that are known make the design superfluous.
+        is_design = (asked < designed) & (told < designed)
         branches = [begin] + [functools.partial(propose, i, key, state, pending) for i in range(len(sizes))]
-        unit, model = lax.switch(jnp.where(starts, 0, level + 1), branches)
+        unit, model = lax.switch(jnp.where(is_design, 0, level + 1), branches)
         return black_box(space, unit, asked), state._replace(model=model, asked=Count(asked + batch))
 
     def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
@@ -180,7 +201,7 @@ def _functions(
 
     def reserve(state: State, capacity: int) -> State:
         history = record.reserve(state.history, capacity, ensemble.GROWTH)
-        return state._replace(history=history, model=ensemble.reserve(state.model, history.losses.shape[0]))
+        return state._replace(history=history, model=surrogate.reserve(state.model, history.losses.shape[0]))
 
     return init, ask, tell, reserve
 
@@ -188,22 +209,85 @@ def _functions(
 def bayesian(
     space: PyTree,
     *,
+    surrogate: str = "gp",
     acquisition: str = "log_ei",
     startup: int | None = None,
-    lengthscale: float = 0.5,
+    exploration: float | None = None,
+    lengthscale: float = 0.3,
     noise: float = 1e-4,
     trend: float = 1.0,
     tail: float = 1.0,
-    exploration: float | None = None,
     input_warping: bool = False,
-    batch: int = 1,
+    batch: int = 8,
 ) -> Method:
+    """Bayesian optimization, with the surrogate and the acquisition function by name.
+
+    The surrogate "gp" is an ensemble of Gaussian processes whose covariance is a Matérn 5/2, with a lengthscale for
+    each dim and a Hamming distance where levels have no order, and a quadratic trend. The hyperparameters of each are
+    sampled from their posterior by Hamiltonian Monte Carlo, among them how much the upper tail of the losses is drawn
+    in. Up to 1,024 trials all of them are in the models, from then on the best, others of all ranks, and the latest.
+    "forest" is 64 randomised trees, for many dims, many categoricals or many trials. Failed trials count as the worst.
+
+    The acquisition is tried at hundreds of candidates and climbed from the best ones. The rows of an ask, and
+    `pending` trials, count as told with losses that the models draw. A point that was tried is not tried again as long
+    as others can be found.
+
+    Args:
+      space: a pytree of parameters, or a `Space`.
+      surrogate: "gp" or "forest".
+      acquisition: "log_ei", the logarithm of the expected improvement; "pi", that of its probability; "ucb", the lower
+        confidence bound; or "thompson", one function drawn from the posterior for each row.
+      startup: trials of the random design that comes first, a Latin hypercube, at least 1; rounded up to whole
+        batches. One a dim, but 3 to 5, if not given.
+      exploration: margin that a loss must improve by, in standard deviations of the losses, at least 0; for "ucb" the
+        standard deviations of the posterior that count. 0, and 2 for "ucb", if not given.
+      lengthscale: median of the prior of lengthscales in the unit cube, over the square root of the number of dims,
+        above 0; only of "gp", as all that follow but the last.
+      noise: median of the prior of the variance of the noise, that of the Matérn part being 1, above 0.
+      trend: median of the prior of the variance of the quadratic trend, above 0.
+      tail: median of the prior of a, where the models see log(1 + a t) of the distance t from the best loss in units
+        of the median's, above 0: small is nearly linear.
+      input_warping: whether the models learn to bend the unit interval of each dim, by the Kumaraswamy distribution.
+      batch: trials per ask, of any size. One learns the most from each trial, more fill a device.
+
+    Returns:
+      A `Method` whose settings are exploration and, for "gp", lengthscale, noise, trend and tail.
+
+    Raises:
+      ValueError, TypeError: an argument is out of its range.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> space = {"x": hpo.Array(2, -5.0, 5.0), "kind": hpo.Categorical(("a", "b"))}
+      >>> objective = lambda key, hparams: (hparams["x"] ** 2).sum() + hparams["kind"]
+      >>> method = hpo.bayesian(space, surrogate="forest", batch=4)
+      >>> hpo.minimize(objective, method, key=jax.random.key(0), trials=64, progress=False).best_loss < 1
+      True
+
+    Reference:
+      Jones, Schonlau and Welch (1998), Efficient global optimization of expensive black-box functions. Snoek, Larochelle
+      and Adams (2012), Practical Bayesian optimization of machine learning algorithms. Ament et al. (2023), Unexpected
+      improvements to expected improvement for Bayesian optimization.
+    """
+    one_of("surrogate", surrogate, SURROGATES)
+    one_of("acquisition", acquisition, (*ACQUISITIONS, THOMPSON))
+    if surrogate == "forest" and input_warping:
+        raise ValueError('input_warping=True is for surrogate="gp": trees are the same however inputs are bent')
     space, batch = Space.of(space), whole("batch", batch, 1)
-    startup = space.dims if startup is None else whole("startup", startup, 1)
-    exploration = ACQUISITIONS[acquisition].exploration if exploration is None else exploration
-    settings = Settings(*(jnp.asarray(v, working_dtype()) for v in (lengthscale, noise, trend, tail, exploration)))
-    init, ask, tell, reserve = _functions(space, acquisition, startup, input_warping, batch)
+    startup = min(max(space.dims, 3), 5) if startup is None else whole("startup", startup, 1)
+    usual = 0.0 if acquisition == THOMPSON else ACQUISITIONS[acquisition].exploration
+    exploration = real("exploration", usual if exploration is None else exploration, 0, 1e6, f"{usual:g} is usual")
+    medians = (
+        real("lengthscale", lengthscale, 1e-3, 1e3, "0.3 is usual"),
+        real("noise", noise, 1e-12, 1e3, "1e-4 is usual"),
+        real("trend", trend, 1e-12, 1e6, "1 is usual"),
+        real("tail", tail, 1e-6, 1e6, "1 is usual"),
+    )
+    array = functools.partial(jnp.asarray, dtype=working_dtype())
+    if surrogate == "gp":
+        model, inner = ensemble.surrogate(space, bool(input_warping)), ensemble.Settings(*map(array, medians))
+    else:
+        model, inner = trees.surrogate(space), ()
+    settings = Settings(inner, array(exploration))
+    init, ask, tell, reserve = _functions(space, model, acquisition, startup, batch)
     return Method("bayesian", space, settings, Initializer(init, settings), ask, tell, batch, reserve=reserve)
-
-
-bo = bayesian

@@ -25,7 +25,7 @@ JUMPS = 0.3
 FIRST_STEP, LAST_STEP = 0.05, 5e-4
 DECAY, DECAY_SQUARE = 0.8, 0.95
 MANY_LEVELS = 4
-NEIGHBOURS, ROUNDS = 16, 2
+NEIGHBOURS = 16
 
 
 def candidates(key: jax.Array, space: Space, leaders: jax.Array, number: int) -> jax.Array:
@@ -45,10 +45,11 @@ def candidates(key: jax.Array, space: Space, leaders: jax.Array, number: int) ->
     is_moved, jumps = halves(drawn[number + near :])
     how_many, how_far, which = by_row
     base = leaders[jnp.arange(near) % leaders.shape[0]]
+    live = space.active(base) if space.nesting else None
     moved = reflect(base + SMALLEST * (LARGEST / SMALLEST) ** how_far * normal)
     if space.levels.any():
         moved = jnp.where((jumps < JUMPS) & (space.levels > 0), anywhere[:near], moved)
-    moves = (is_moved < 1 / dims + how_many * (1 - 1 / dims)) | one_dim(space, None, which[:, 0])
+    moves = (is_moved < 1 / dims + how_many * (1 - 1 / dims)) | one_dim(space, live, which[:, 0])
     return anywhere.at[:near].set(jnp.where(moves, moved, base))
 
 
@@ -80,19 +81,24 @@ def climbed(value: Callable, space: Space, unit: jax.Array, steps: int) -> jax.A
     return lax.fori_loop(0, steps, step, (unit, none, none))[0]
 
 
-def neighboured(seed: jax.Array, value: Callable, space: Space, unit: jax.Array) -> jax.Array:
-    """Points, or better ones that differ from them in one level: float[n, dims].
+def neighboured(
+    seed: jax.Array, value: Callable, space: Space, unit: jax.Array, moves: np.ndarray, rounds: int
+) -> jax.Array:
+    """Points, or better ones that differ from them in one dim at a time: float[n, dims].
 
     Args:
       seed: u32[2], which neighbours are tried.
       value: float[m, dims] -> float[m], each row of its own.
       space: whose points they are.
       unit: float[n, dims], where to start.
+      moves: bool[dims], which of the dims may change.
+      rounds: how often.
     """
-    if not space.levels.any():
+    if not moves.any():
         return unit
     n, dims = unit.shape
-    one_level = jnp.asarray(1 / np.maximum(space.levels, 1), unit.dtype)
+    one_level = jnp.asarray(np.where(space.levels > 0, 1 / np.maximum(space.levels, 1), 0), unit.dtype)
+    choices = jnp.asarray(np.flatnonzero(moves))
     rows = NEIGHBOURS * n
 
     def step(i: jax.Array, unit: jax.Array) -> jax.Array:
@@ -101,18 +107,13 @@ def neighboured(seed: jax.Array, value: Callable, space: Space, unit: jax.Array)
         which, sign = halves(drawn[rows:].reshape(rows, dims))
         from_ = jnp.tile(unit, (NEIGHBOURS, 1))
         by = jnp.maximum(one_level, SMALLEST * (LARGEST / SMALLEST) ** far[:, None]) * jnp.where(sign < 0.5, -1, 1)
-        other = jnp.where(jnp.asarray(space.categorical), another_level(space, from_, which), reflect(from_ + by))
-        tried = jnp.where(one_dim_with_levels(space, where), other, from_)
-        values = value(jnp.concatenate([unit, tried]))
-        values = jnp.where(jnp.isnan(values), -jnp.inf, values).reshape(1 + NEIGHBOURS, n)
+        other = reflect(from_ + by)
+        if space.categorical.any():
+            other = jnp.where(jnp.asarray(space.categorical), another_level(space, from_, which), other)
+        is_moved = jnp.arange(dims) == choices[(where * choices.size).astype(jnp.int32)][:, None]
+        tried = jnp.where(is_moved, other, from_)
+        values = value(jnp.concatenate([unit, tried])).reshape(1 + NEIGHBOURS, n)
         all_ = jnp.concatenate([unit[None], tried.reshape(NEIGHBOURS, n, dims)])
         return jnp.take_along_axis(all_, jnp.argmax(values, axis=0)[None, :, None], axis=0)[0]
 
-    return lax.fori_loop(0, ROUNDS, step, unit)
-
-
-def one_dim_with_levels(space: Space, uniform: jax.Array) -> jax.Array:
-    """One of the dims that have levels in each row: bool[n, dims] for float[n] in [0, 1)."""
-    has_levels = np.flatnonzero(space.levels)
-    index = jnp.asarray(has_levels)[(uniform * has_levels.size).astype(jnp.int32)]
-    return jnp.arange(space.dims) == index[:, None]
+    return lax.fori_loop(0, rounds, step, unit)

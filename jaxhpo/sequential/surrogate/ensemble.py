@@ -16,40 +16,37 @@ from jaxhpo.history import SMALLEST, History
 from jaxhpo.method import Count, count
 from jaxhpo.sequential.surrogate import gp, hamiltonian
 from jaxhpo.sequential.surrogate.kernel import features
+from jaxhpo.sequential.surrogate.surrogate import Plan, Prediction, Surrogate
 from jaxhpo.space import Space, working_dtype
 
 GROWTH = 2
 
 
-class Plan(NamedTuple):
-    """How much is done at a size."""
-
-    rows: int
-    """of the models"""
-    members: int
-    """models in the ensemble"""
-    period: int
-    """trials told between two trajectories of the hyperparameters"""
-    candidates: int
-    """points at which the acquisition is tried first"""
-    starts: int
-    """points from which it is climbed"""
-    steps: int
-    """of the climb"""
-
-
 PLANS = (
-    Plan(64, members=6, period=2, candidates=800, starts=8, steps=20),
-    Plan(128, members=6, period=2, candidates=800, starts=8, steps=20),
-    Plan(256, members=4, period=8, candidates=600, starts=8, steps=20),
-    Plan(512, members=3, period=32, candidates=512, starts=4, steps=20),
-    Plan(1024, members=2, period=64, candidates=512, starts=4, steps=20),
+    Plan(64, members=8, period=2),
+    Plan(128, members=8, period=2),
+    Plan(256, members=4, period=8, candidates=600),
+    Plan(512, members=3, period=32, candidates=512, starts=4),
+    Plan(1024, members=2, period=64, candidates=512, starts=4),
 )
 MEMBERS = max(plan.members for plan in PLANS)
 MOST = PLANS[-1].rows
 LATEST = MOST // 8
 FITTED = 256
 LEAPS = 6
+
+
+class Settings(NamedTuple):
+    """Numeric settings: medians of the priors of hyperparameters."""
+
+    lengthscale: jax.Array
+    """float[]: lengthscale over the square root of the number of dims"""
+    noise: jax.Array
+    """float[]: variance of the noise, that of the Matérn part being 1"""
+    trend: jax.Array
+    """float[]: variance of the quadratic trend"""
+    tail: jax.Array
+    """float[]: how much the tail of the losses is drawn in"""
 
 
 class Model(NamedTuple):
@@ -78,10 +75,10 @@ def _room(capacity: int) -> int:
     return max(plan.members * plan.rows**2 for plan in plans(capacity))
 
 
-def init(key: jax.Array, prior: gp.Prior, capacity: int) -> Model:
-    """Before anything was told: chains from the prior."""
+def init(key: jax.Array, example: gp.Parameters, capacity: int) -> Model:
+    """Before anything was told: chains from the prior of parameters that are shaped like `example`."""
     return Model(
-        chains=hamiltonian.start(key, prior.mean, MEMBERS),
+        chains=hamiltonian.start(key, example, MEMBERS),
         factors=jnp.zeros(_room(capacity), working_dtype()),
         chosen=jnp.zeros(MOST - LATEST, jnp.int32),
         fitted=count(),
@@ -206,3 +203,45 @@ def observe(
         factored=Count(told),
     )
     return model, gp.condition(parameters, w, data)
+
+
+@functools.lru_cache(maxsize=256)
+def surrogate(space: Space, input_warping: bool) -> Surrogate:
+    """The ensemble as a `Surrogate`, with `Settings`.
+
+    Args:
+      space: whose points it predicts.
+      input_warping: whether the models learn to bend the inputs.
+    """
+
+    def prior_of(settings: Settings) -> gp.Prior:
+        return gp.prior_of(space, *settings, input_warping)
+
+    def learn(
+        key: jax.Array, settings: Settings, model: Model, history: History, level: int, newest: int, waiting: int
+    ) -> tuple[Model, gp.Posterior]:
+        model, posterior = observe(key, space, prior_of(settings), model, history, level, newest)
+        return model, gp.widened(posterior, waiting)
+
+    def row(posterior: gp.Posterior, turn: jax.Array) -> jax.Array:
+        return posterior.mask.shape[0] + turn
+
+    def fantasize(posterior: gp.Posterior, turn: jax.Array, unit: jax.Array, *drawn: jax.Array) -> tuple:
+        return gp.fantasized(space, posterior, row(posterior, turn), features(space, unit), *drawn)
+
+    def updated(
+        posterior: gp.Posterior, before: Prediction, unit: jax.Array, link: gp.Row, turn: jax.Array
+    ) -> Prediction:
+        return gp.updated(space, posterior, before, features(space, unit), link, row(posterior, turn))
+
+    return Surrogate(
+        plans=plans,
+        init=lambda key, settings, capacity: init(key, prior_of(settings).mean, capacity),
+        reserve=reserve,
+        observe=learn,
+        predict=lambda posterior, unit: gp.predict(space, posterior, features(space, unit)),
+        std=gp.deviation,
+        fantasize=fantasize,
+        updated=updated,
+        draw=lambda key, posterior, before, unit: gp.draw(key, space, posterior, before, features(space, unit)),
+    )

@@ -16,14 +16,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.special import ndtri
 
+from jaxhpo.draws import bits, uniform
 from jaxhpo.sequential.surrogate.kernel import Covariance, Geometry, covariance, geometry, variance
+from jaxhpo.sequential.surrogate.surrogate import Prediction
 from jaxhpo.sequential.surrogate.targets import distances, transformed
 from jaxhpo.space import Space, working_dtype
 
 JITTER = {4: 2e-6, 8: 1e-10}
 SHAPE, RATE = 1.0, 1.0
 LEAST_VARIANCE = 1e-7
+DRAW_JITTER = 1e-4
 
 
 class Parameters(NamedTuple):
@@ -280,19 +284,12 @@ def fantasized(
     return after, row
 
 
-class Prediction(NamedTuple):
-    """Marginal posteriors at candidates."""
-
-    mean: jax.Array
-    """float[members, candidates], of targets"""
-    variance: jax.Array
-    """float[members, candidates], the variance of the Matérn part being 1"""
-    projected: jax.Array
-    """float[members, candidates, n]: rows of the Cholesky factor"""
-
-
 def predict(space: Space, posterior: Posterior, candidates: jax.Array) -> Prediction:
-    """Of the values, without noise, at the points float[candidates, dims], which are `features`."""
+    """Of the values, without noise, at the points float[candidates, dims], which are `features`.
+
+    The variances are those of a Matérn part whose variance is 1, the link is the points' rows of the Cholesky factor,
+    float[members, candidates, n].
+    """
     between = shared(space, posterior.parameters, candidates, posterior.x)
 
     def one(parameters: Parameters, w: jax.Array, weights: jax.Array) -> Prediction:
@@ -309,7 +306,9 @@ def deviation(posterior: Posterior, variances: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(variances, LEAST_VARIANCE) * posterior.scale[:, None])
 
 
-def prior_of(space: Space, lengthscale: jax.Array, noise: jax.Array, trend: jax.Array, tail: jax.Array, bends: bool) -> Prior:
+def prior_of(
+    space: Space, lengthscale: jax.Array, noise: jax.Array, trend: jax.Array, tail: jax.Array, bends: bool
+) -> Prior:
     """The prior whose medians are given.
 
     Args:
@@ -342,8 +341,21 @@ def updated(
 
     def one(parameters: Parameters, drawn: jax.Array, before: Prediction, row: Row) -> Prediction:
         along = cross(space, parameters, candidates, point, between)[:, 0]
-        new = (along - before.projected @ row.factor) * row.inverse_std
-        projected = before.projected.at[:, at].set(new)
-        return Prediction(before.mean + new * drawn, before.variance - new**2, projected)
+        new = (along - before.link @ row.factor) * row.inverse_std
+        return Prediction(before.mean + new * drawn, before.variance - new**2, before.link.at[:, at].set(new))
 
     return jax.vmap(one)(posterior.parameters, posterior.whitened[:, at], before, row)
+
+
+def draw(key: jax.Array, space: Space, posterior: Posterior, before: Prediction, candidates: jax.Array) -> jax.Array:
+    """The values of one function of the posterior of a member at random: float[m], targets, for float[m, dims]."""
+    members, number = before.mean.shape
+    drawn = uniform(bits(key, (number + 1,)))
+    member = jnp.minimum((drawn[0] * members).astype(jnp.int32), members - 1)
+    parameters = jax.tree.map(lambda leaf: leaf[member], posterior.parameters)
+    link = before.link[member]
+    together = cross(space, parameters, candidates, candidates, None)
+    left = together - jnp.matmul(link, link.T, precision="highest")
+    # Candidates crowd together: more than the nugget keeps this factor real.
+    factor = jnp.linalg.cholesky(left + DRAW_JITTER * jnp.diag(variance(space, parameters.covariance, candidates)))
+    return before.mean[member] + jnp.sqrt(posterior.scale[member]) * (factor @ ndtri(drawn[1:]))

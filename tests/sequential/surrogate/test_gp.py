@@ -212,7 +212,9 @@ def test_targets_of_any_losses_are_finite(losses):
     far, _ = distances(losses, mask)
     targets, log_slope = transformed(far, jnp.isfinite(losses), mask, jnp.log(1.0))
     assert jnp.isfinite(targets).all() and jnp.isfinite(log_slope).all()
-    assert (jnp.argsort(targets, stable=True) == jnp.argsort(losses, stable=True)).all() or not jnp.isfinite(losses).all()
+    assert (jnp.argsort(targets, stable=True) == jnp.argsort(losses, stable=True)).all() or not jnp.isfinite(
+        losses
+    ).all()
     if len(set(np.nan_to_num(losses).tolist())) > 1:
         assert float(jnp.std(targets)) == pytest.approx(1, rel=1e-4)
 
