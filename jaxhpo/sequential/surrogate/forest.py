@@ -98,7 +98,7 @@ def _ordered(space: Space, values: jax.Array, order: jax.Array) -> jax.Array:
     """`coordinates` with the levels of categoricals as numbers in (0, 1), in a random order that `order` decides."""
     if not space.categorical.any():
         return values
-    drawn = scramble(scramble(values.astype(jnp.int32).astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + order))
+    drawn = scramble(values.astype(jnp.int32).astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + order)
     return jnp.where(values >= CATEGORICAL, uniform(drawn), values)
 
 
@@ -138,7 +138,9 @@ def _tries(space: Space, splits: int) -> np.ndarray:
     return np.concatenate([d + space.dims * np.arange(n) for d, n in enumerate(number)]).astype(np.int32)
 
 
-def _columns(space: Space, values: jax.Array, row: jax.Array, tries: np.ndarray | jax.Array) -> jax.Array:
+def _columns(
+    space: Space, values: jax.Array, row: jax.Array, tries: np.ndarray | jax.Array, order: jax.Array
+) -> jax.Array:
     """The coordinates of some rows in the dims that are tried: float[trees, rows, k] for i32[trees, rows].
 
     Args:
@@ -146,10 +148,12 @@ def _columns(space: Space, values: jax.Array, row: jax.Array, tries: np.ndarray 
       values: float[n, dims].
       row: i32[trees, rows].
       tries: i32[k], or i32[trees, k] for each tree.
+      order: u32[trees].
     """
+    orders = (order[:, None] + (tries // space.dims).astype(np.uint32))[:, None]
     if tries.ndim == 1:
-        return values[:, tries % space.dims][row]
-    return values.reshape(-1)[row[..., None] * space.dims + tries[:, None]]
+        return _ordered(space, values[:, tries % space.dims][row], orders)
+    return _ordered(space, values.reshape(-1)[row[..., None] * space.dims + tries[:, None]], orders)
 
 
 def _pick(columns: jax.Array, best: jax.Array) -> jax.Array:
@@ -163,11 +167,10 @@ def _grow(
     trees, rows = nodes.row.shape
     k = draws.between.shape[1]
     tries = _tries(space, splits) if draws.dims is None else draws.dims
-    orders = (draws.order[:, None] + (tries // space.dims).astype(np.uint32))[:, None]
     row, start, size, place = nodes.row, nodes.start, nodes.size, jnp.arange(rows, dtype=jnp.int32)
     one = (draws.where[:, :1] * size).astype(jnp.int32)
     other = (one + 1 + (draws.where[:, 1:] * (size - 1)).astype(jnp.int32)) % size
-    at = lambda rows: _ordered(space, _columns(space, values, rows, tries), orders)  # noqa: E731
+    at = lambda rows: _columns(space, values, rows, tries, draws.order)  # noqa: E731
     here, ends = at(row), (at(_at(row, start + one)), at(_at(row, start + other)))
     low, high = jnp.minimum(*ends), jnp.maximum(*ends)
     threshold = low + draws.between[:, None] * (high - low)
