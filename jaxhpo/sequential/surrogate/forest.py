@@ -2,7 +2,7 @@
 
 Geurts, Ernst and Wehenkel (2006), Extremely randomized trees, section 2.1: every node draws a threshold in each of some
 dims at random and keeps the one that reduces the variance of the targets the most. Hutter, Xu, Hoos and Leyton-Brown
-(2014), Algorithm runtime prediction: methods and evaluation, section 4.3.2, for the mean and the variance of the
+(2014), Algorithm runtime prediction: methods and evaluation, for the mean and the variance of the
 forest (the law of total variance) and for thresholds anywhere between two values that were seen, which make the trees
 differ, and the forest uncertain, in the gaps between trials.
 
