@@ -2,7 +2,7 @@
 
 Geurts, Ernst and Wehenkel (2006), Extremely randomized trees, section 2.1: every node draws a threshold in each of some
 dims at random and keeps the one that reduces the variance of the targets the most. Hutter, Xu, Hoos and Leyton-Brown
-(2014), Algorithm runtime prediction: methods and evaluation, section 4.3.2, for the mean and the variance of the
+(2014), Algorithm runtime prediction: methods and evaluation, for the mean and the variance of the
 forest (the law of total variance) and for thresholds anywhere between two values that were seen, which make the trees
 differ, and the forest uncertain, in the gaps between trials.
 
@@ -32,6 +32,7 @@ PRIOR_ROWS = 1.0
 LEAST_VARIANCE = 1e-6
 LEAST_GAIN = 1e-12
 MORE = 4
+TOGETHER = 16
 BLOCK = 32
 
 
@@ -98,7 +99,7 @@ def _ordered(space: Space, values: jax.Array, order: jax.Array) -> jax.Array:
     """`coordinates` with the levels of categoricals as numbers in (0, 1), in a random order that `order` decides."""
     if not space.categorical.any():
         return values
-    drawn = scramble(scramble(values.astype(jnp.int32).astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + order))
+    drawn = scramble(values.astype(jnp.int32).astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + order)
     return jnp.where(values >= CATEGORICAL, uniform(drawn), values)
 
 
@@ -138,7 +139,9 @@ def _tries(space: Space, splits: int) -> np.ndarray:
     return np.concatenate([d + space.dims * np.arange(n) for d, n in enumerate(number)]).astype(np.int32)
 
 
-def _columns(space: Space, values: jax.Array, row: jax.Array, tries: np.ndarray | jax.Array) -> jax.Array:
+def _columns(
+    space: Space, values: jax.Array, row: jax.Array, tries: np.ndarray | jax.Array, order: jax.Array
+) -> jax.Array:
     """The coordinates of some rows in the dims that are tried: float[trees, rows, k] for i32[trees, rows].
 
     Args:
@@ -146,10 +149,12 @@ def _columns(space: Space, values: jax.Array, row: jax.Array, tries: np.ndarray 
       values: float[n, dims].
       row: i32[trees, rows].
       tries: i32[k], or i32[trees, k] for each tree.
+      order: u32[trees].
     """
+    orders = (order[:, None] + (tries // space.dims).astype(np.uint32))[:, None]
     if tries.ndim == 1:
-        return values[:, tries % space.dims][row]
-    return values.reshape(-1)[row[..., None] * space.dims + tries[:, None]]
+        return _ordered(space, values[:, tries % space.dims][row], orders)
+    return _ordered(space, values.reshape(-1)[row[..., None] * space.dims + tries[:, None]], orders)
 
 
 def _pick(columns: jax.Array, best: jax.Array) -> jax.Array:
@@ -163,11 +168,10 @@ def _grow(
     trees, rows = nodes.row.shape
     k = draws.between.shape[1]
     tries = _tries(space, splits) if draws.dims is None else draws.dims
-    orders = (draws.order[:, None] + (tries // space.dims).astype(np.uint32))[:, None]
     row, start, size, place = nodes.row, nodes.start, nodes.size, jnp.arange(rows, dtype=jnp.int32)
     one = (draws.where[:, :1] * size).astype(jnp.int32)
     other = (one + 1 + (draws.where[:, 1:] * (size - 1)).astype(jnp.int32)) % size
-    at = lambda rows: _ordered(space, _columns(space, values, rows, tries), orders)  # noqa: E731
+    at = lambda rows: _columns(space, values, rows, tries, draws.order)  # noqa: E731
     here, ends = at(row), (at(_at(row, start + one)), at(_at(row, start + other)))
     low, high = jnp.minimum(*ends), jnp.maximum(*ends)
     threshold = low + draws.between[:, None] * (high - low)
@@ -224,6 +228,39 @@ def _subsamples(key: jax.Array, mask: jax.Array, trees: int, rows: int) -> tuple
     return order[turn].astype(jnp.int32), jnp.minimum(live, rows)
 
 
+def _grown(
+    space: Space,
+    values: jax.Array,
+    target: jax.Array,
+    splits: int,
+    leaf: int,
+    live: jax.Array,
+    row: jax.Array,
+    draws: _Draws,
+) -> Forest:
+    """Some trees of the forest, from their rows i32[trees, rows], of which the first `live` are theirs."""
+    trees, rows = row.shape
+    place = jnp.arange(rows, dtype=jnp.int32)
+    is_live = place < live
+    whole = lambda x: jnp.broadcast_to(x, (trees, rows))  # noqa: E731
+    mean = jnp.where(is_live, target[row], 0).sum(1, keepdims=True) / jnp.maximum(live, 1)
+    # Places without a row are leaves of their own: nothing ever comes to them.
+    root = _Nodes(
+        row=row,
+        start=whole(jnp.where(is_live, 0, place)),
+        size=whole(jnp.where(is_live, live, 1)),
+        mean=whole(mean),
+        prior=whole(jnp.ones_like(mean)),
+    )
+    grow = functools.partial(_grow, space, values, target, splits, leaf)
+    leaves, (split, threshold, right) = lax.scan(grow, root, draws)
+    residual = target[leaves.row] - leaves.mean
+    sums = _running_sums(jnp.where(is_live, residual * residual, 0)[..., None])
+    squares = (_at(sums, leaves.start + leaves.size - 1) - _before(sums, leaves.start))[..., 0]
+    size = whole(jnp.where(is_live, leaves.size, 0))
+    return Forest(split, threshold, right, draws.order, leaves.mean, _shrunk(squares, size, leaves.prior), size)
+
+
 def fit(
     key: jax.Array,
     space: Space,
@@ -269,35 +306,25 @@ def fit(
     row, live = _subsamples(key_rows, mask, trees, rows)
     tries_all = space.dims <= splits
     k = _tries(space, splits).size if tries_all else splits
-    drawn = uniform(bits(key_splits, (depth, trees, 2 + k)))
+    # A few trees at a time, as many as fit in a processor's cache.
+    groups = trees // TOGETHER if trees % TOGETHER == 0 else 1
+    group = (groups, depth, trees // groups)
+    drawn = uniform(bits(key_splits, (*group, 2 + k)))
     # One dim out of each of k equal ranges of them: a sort of random numbers would take longer than the trees.
-    which = (jnp.arange(k) + uniform(bits(key_dims, (depth, trees, k)))) * (space.dims / k)
+    which = (jnp.arange(k) + uniform(bits(key_dims, (*group, k)))) * (space.dims / k)
     draws = _Draws(
         where=drawn[..., :2],
         between=drawn[..., 2:],
-        order=bits(key_order, (depth, trees)),
+        order=bits(key_order, group),
         dims=None if tries_all else jnp.minimum(which.astype(jnp.int32), space.dims - 1),
     )
 
-    place = jnp.arange(rows, dtype=jnp.int32)
-    is_live = place < live
-    whole = lambda x: jnp.broadcast_to(x, (trees, rows))  # noqa: E731
-    mean = jnp.where(is_live, target[row], 0).sum(1, keepdims=True) / jnp.maximum(live, 1)
-    # Places without a row are leaves of their own: nothing ever comes to them.
-    root = _Nodes(
-        row=row,
-        start=whole(jnp.where(is_live, 0, place)),
-        size=whole(jnp.where(is_live, live, 1)),
-        mean=whole(mean),
-        prior=whole(jnp.ones_like(mean)),
-    )
-    grow = functools.partial(_grow, space, values, target, splits, leaf)
-    leaves, (split, threshold, right) = lax.scan(grow, root, draws)
-    residual = target[leaves.row] - leaves.mean
-    sums = _running_sums(jnp.where(is_live, residual * residual, 0)[..., None])
-    squares = (_at(sums, leaves.start + leaves.size - 1) - _before(sums, leaves.start))[..., 0]
-    size = whole(jnp.where(is_live, leaves.size, 0))
-    return Forest(split, threshold, right, draws.order, leaves.mean, _shrunk(squares, size, leaves.prior), size)
+    def grove(own: tuple[jax.Array, _Draws]) -> Forest:
+        return _grown(space, values, target, splits, leaf, live, *own)
+
+    found = lax.map(grove, (row.reshape(groups, -1, rows), draws))
+    by_depth = [jnp.moveaxis(x, 0, 1).reshape(depth, trees, *x.shape[3:]) for x in found[:4]]
+    return Forest(*by_depth, *(x.reshape(trees, rows) for x in found[4:]))
 
 
 def _leaf(forest: Forest, space: Space, unit: jax.Array) -> jax.Array:

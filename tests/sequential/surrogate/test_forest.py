@@ -39,10 +39,9 @@ def mixed_data(n, seed):
 def order_of(levels, seed):
     """The random order of levels, once more."""
     x = (levels.astype(np.int64).astype(np.uint32) * np.uint32(0x9E3779B9) + seed).astype(np.uint32)
-    for _ in range(2):
-        x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-        x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-        x = x ^ (x >> 16)
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    x = x ^ (x >> 16)
     return ((x >> 9).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
 
 
