@@ -23,6 +23,7 @@ from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box,
 from jaxhpo.sequential import proposal
 from jaxhpo.sequential.acquisition import ACQUISITIONS
 from jaxhpo.sequential.surrogate import ensemble, trees
+from jaxhpo.sequential.surrogate.slopes import by_unit
 from jaxhpo.sequential.surrogate.surrogate import Prediction, Surrogate
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.untried import among, everything, fingerprints
@@ -73,7 +74,7 @@ class Tried(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _functions(
-    space: Space, surrogate: Surrogate, acquisition: str, startup: int, batch: int
+    space: Space, surrogate: Surrogate, acquisition: str, startup: int, uses_gradients: bool, batch: int
 ) -> tuple[Callable, Callable, Callable, Callable]:
     samples = acquisition == THOMPSON
     score = ACQUISITIONS["ucb" if samples else acquisition]
@@ -86,7 +87,7 @@ def _functions(
 
     def init(key: jax.Array, settings: Settings) -> State:
         key_design, key_model = jax.random.split(key)
-        history = record.empty(space.dims, growth=ensemble.GROWTH)
+        history = record.empty((1 + uses_gradients) * space.dims, growth=ensemble.GROWTH)
         return State(
             history=history,
             design=latin_hypercube(key_design, designed, space.dims),
@@ -106,7 +107,7 @@ def _functions(
         model, posterior = surrogate.observe(*parts)
         is_last = level == len(surrogate.plans(state.history.losses.shape[0])) - 1
         rows = slice(None) if is_last else slice(plan.rows)
-        tried = Tried(fingerprints(space, state.history.unit[rows]), state.history.mask[rows])
+        tried = Tried(fingerprints(space, state.history.unit[rows, : space.dims]), state.history.mask[rows])
         if pending is not None:
 
             def wait(posterior: PyTree, row: tuple) -> tuple[PyTree, None]:
@@ -130,7 +131,7 @@ def _functions(
 
         if points is None:
             best = lax.top_k(-jnp.where(history.mask, history.losses, jnp.inf), LEADERS)[1]
-            pool = proposal.candidates(key_pool, space, history.unit[best], plan.candidates)
+            pool = proposal.candidates(key_pool, space, history.unit[best, : space.dims], plan.candidates)
         else:
             pool = jnp.asarray(points, history.unit.dtype)
         codes = fingerprints(space, pool) if compares_all else None
@@ -196,8 +197,11 @@ def _functions(
         return black_box(space, unit, asked), state._replace(model=model, asked=Count(asked + batch))
 
     def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
-        del gradients
-        return state._replace(history=record.append(state.history, trials.unit, losses, trials.active))
+        unit = trials.unit
+        if uses_gradients:
+            unknown = jnp.full_like(unit, jnp.nan)
+            unit = jnp.concatenate([unit, unknown if gradients is None else by_unit(space, unit, gradients)], axis=1)
+        return state._replace(history=record.append(state.history, unit, losses, trials.active))
 
     def reserve(state: State, capacity: int) -> State:
         history = record.reserve(state.history, capacity, ensemble.GROWTH)
@@ -218,6 +222,7 @@ def bayesian(
     trend: float = 1.0,
     tail: float = 1.0,
     input_warping: bool = False,
+    gradients: bool = False,
     batch: int = 8,
 ) -> Method:
     """Bayesian optimization, with the surrogate and the acquisition function by name.
@@ -248,6 +253,8 @@ def bayesian(
       tail: median of the prior of a, where the models see log(1 + a t) of the distance t from the best loss in units
         of the median's, above 0: small is nearly linear.
       input_warping: whether the models learn to bend the unit interval of each dim, by the Kumaraswamy distribution.
+      gradients: whether the objective is differentiable: the models then observe the slopes of the best trials along
+        real dims as well. Not with `input_warping`, nor for problems that are not JAX.
       batch: trials per ask, of any size. One learns the most from each trial, more fill a device.
 
     Returns:
@@ -271,8 +278,11 @@ def bayesian(
     """
     one_of("surrogate", surrogate, SURROGATES)
     one_of("acquisition", acquisition, (*ACQUISITIONS, THOMPSON))
-    if surrogate == "forest" and input_warping:
-        raise ValueError('input_warping=True is for surrogate="gp": trees are the same however inputs are bent')
+    if surrogate == "forest" and (input_warping or gradients):
+        name = "input_warping" if input_warping else "gradients"
+        raise ValueError(f'{name}=True is for surrogate="gp", but surrogate="forest"; leave it out')
+    if input_warping and gradients:
+        raise ValueError("gradients=True is for inputs as they are, but input_warping=True; leave one of them out")
     space, batch = Space.of(space), whole("batch", batch, 1)
     startup = min(max(space.dims, 3), 5) if startup is None else whole("startup", startup, 1)
     usual = 0.0 if acquisition == THOMPSON else ACQUISITIONS[acquisition].exploration
@@ -285,9 +295,23 @@ def bayesian(
     )
     array = functools.partial(jnp.asarray, dtype=working_dtype())
     if surrogate == "gp":
-        model, inner = ensemble.surrogate(space, bool(input_warping)), ensemble.Settings(*map(array, medians))
+        inner: PyTree
+        model, inner = (
+            ensemble.surrogate(space, bool(input_warping), bool(gradients)),
+            ensemble.Settings(*map(array, medians)),
+        )
     else:
         model, inner = trees.surrogate(space), ()
     settings = Settings(inner, array(exploration))
-    init, ask, tell, reserve = _functions(space, model, acquisition, startup, batch)
-    return Method("bayesian", space, settings, Initializer(init, settings), ask, tell, batch, reserve=reserve)
+    init, ask, tell, reserve = _functions(space, model, acquisition, startup, bool(gradients), batch)
+    return Method(
+        "bayesian",
+        space,
+        settings,
+        Initializer(init, settings),
+        ask,
+        tell,
+        batch,
+        uses_gradients=bool(gradients),
+        reserve=reserve,
+    )

@@ -16,6 +16,7 @@ def gp_ei(
     trend: float = 1.0,
     tail: float = 1.0,
     input_warping: bool = False,
+    gradients: bool = False,
     batch: int = 8,
 ) -> Method:
     """Bayesian optimization with an ensemble of Gaussian processes and the logarithm of the expected improvement.
@@ -31,6 +32,7 @@ def gp_ei(
       trend: median of the prior of the variance of the quadratic trend, above 0.
       tail: median of the prior of how much the tail of the losses is drawn in, above 0.
       input_warping: whether the models learn to bend the unit interval of each dim.
+      gradients: whether the objective is differentiable, and the models observe its slopes.
       batch: trials per ask, of any size.
 
     Returns:
@@ -58,6 +60,7 @@ def gp_ei(
         trend=trend,
         tail=tail,
         input_warping=input_warping,
+        gradients=gradients,
         batch=batch,
     )
     return method._replace(name="gp_ei")

@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxhpo.history import SMALLEST, History
 from jaxhpo.method import Count, count
-from jaxhpo.sequential.surrogate import gp, hamiltonian
+from jaxhpo.sequential.surrogate import gp, hamiltonian, slopes
 from jaxhpo.sequential.surrogate.kernel import features
 from jaxhpo.sequential.surrogate.surrogate import Plan, Prediction, Surrogate
+from jaxhpo.sequential.surrogate.targets import distances
 from jaxhpo.space import Space, working_dtype
 
 GROWTH = 2
@@ -34,6 +36,7 @@ MOST = PLANS[-1].rows
 LATEST = MOST // 8
 FITTED = 256
 LEAPS = 6
+SLOPES = 128
 
 
 class Settings(NamedTuple):
@@ -113,12 +116,30 @@ class Seen(NamedTuple):
     """The rows of a history that the models know."""
 
     unit: jax.Array
+    """float[rows, dims]; with gradients, float[rows, 2 dims], of which the second half is the gradient"""
     losses: jax.Array
     mask: jax.Array
 
     def at(self, rows: jax.Array) -> "Seen":
         """Some of the rows."""
         return jax.tree.map(lambda x: x[rows], self)
+
+
+def data_of(space: Space, seen: Seen) -> gp.Data:
+    """What the models are fitted to: the losses, and the slopes of the best trials where gradients were told."""
+    x = features(space, seen.unit[:, : space.dims])
+    if seen.unit.shape[1] == space.dims:
+        return gp.data_of(x, seen.losses, seen.mask, None)
+    reals = np.flatnonzero(space.levels == 0)
+    finite = seen.mask & jnp.isfinite(seen.losses)
+    most = min(max(SLOPES // max(reals.size, 1), 1), finite.shape[0])
+    best = lax.top_k(-jnp.where(finite, seen.losses, jnp.inf), most)[1].astype(jnp.int32)
+    value = seen.unit[best][:, space.dims + reals] * distances(seen.losses, seen.mask)[1]
+    live = space.active(seen.unit[best][:, : space.dims])[:, reals]
+    known = finite[best][:, None] & live & jnp.isfinite(value)
+    observed = gp.Slopes(jnp.repeat(best, reals.size), value.reshape(-1), known.reshape(-1))
+    at = jnp.concatenate([slopes.valued(x), slopes.along(x[best], reals)])
+    return gp.data_of(at, seen.losses, seen.mask, None)._replace(slopes=observed)
 
 
 def observe(
@@ -157,10 +178,8 @@ def observe(
         first = MOST - LATEST + model.factored.value - chose
         model = model._replace(chosen=chosen, chose=Count(chose))
 
-    x = features(space, seen.unit)
     example = jax.tree.map(lambda leaf: leaf[0], model.chains.position)
-
-    data = gp.data_of(x, seen.losses, seen.mask, None)
+    data = data_of(space, seen)
 
     def known(data: gp.Data) -> gp.Data:
         return data._replace(between=gp.shared(space, example, data.x, data.x))
@@ -169,7 +188,7 @@ def observe(
         some = data
         if plan.rows > FITTED:
             rows = representatives(seen.losses, seen.mask, FITTED)
-            some = gp.data_of(x[rows], seen.losses[rows], seen.mask[rows], None)
+            some = data_of(space, seen.at(rows))
         mine = jax.tree.map(lambda leaf: leaf[: plan.members], model.chains.position)
         density = functools.partial(gp.log_posterior, space, prior, known(some))
         chains = hamiltonian.advance(key, density, model.chains._replace(position=mine), LEAPS)
@@ -178,27 +197,30 @@ def observe(
 
     chains = lax.cond(is_due, move, lambda: model.chains)
     parameters = jax.vmap(prior.at)(jax.tree.map(lambda leaf: leaf[: plan.members], chains.position))
-    shape = plan.members, plan.rows, plan.rows
-    size = plan.members * plan.rows**2
+    rows = plan.rows
+    shape, size = (plan.members, rows, rows), plan.members * rows**2
 
     def afresh() -> jax.Array:
         return gp.factors(space, parameters, known(data))
 
     def grown() -> jax.Array:
         w = model.factors[:size].reshape(shape)
-        row = jnp.arange(plan.rows)
 
         def add(i: jax.Array, w: jax.Array) -> jax.Array:
-            at = jnp.minimum(first + i, plan.rows - 1)
-            longer, _ = gp.extended(space, parameters, x, seen.mask & (row < at), w, at, x[at])
-            return jnp.where(seen.mask[at] & (first + i < plan.rows), longer, w)
+            at = jnp.minimum(first + i, rows - 1)
+            longer, _ = gp.extended(space, parameters, data.x, seen.mask & (jnp.arange(rows) < at), w, at, data.x[at])
+            return jnp.where(seen.mask[at] & (first + i < rows), longer, w)
 
         return lax.fori_loop(0, newest, add, w)
 
-    w = lax.cond(is_new, afresh, grown)
+    if data.slopes is None:
+        w = lax.cond(is_new, afresh, grown)
+        model = model._replace(factors=lax.dynamic_update_slice(model.factors, w.reshape(-1), (0,)))
+    else:
+        # Which trials have their slopes in the model changes with every new one that is among the best.
+        w = afresh()
     model = model._replace(
         chains=chains,
-        factors=lax.dynamic_update_slice(model.factors, w.reshape(-1), (0,)),
         fitted=Count(jnp.where(is_due, told, model.fitted.value)),
         factored=Count(told),
     )
@@ -206,13 +228,19 @@ def observe(
 
 
 @functools.lru_cache(maxsize=256)
-def surrogate(space: Space, input_warping: bool) -> Surrogate:
+def surrogate(space: Space, input_warping: bool, gradients: bool) -> Surrogate:
     """The ensemble as a `Surrogate`, with `Settings`.
 
     Args:
       space: whose points it predicts.
       input_warping: whether the models learn to bend the inputs.
+      gradients: whether the second half of the history's dims are gradients.
     """
+
+    def at(unit: jax.Array) -> jax.Array:
+        """Where the models see the values of points."""
+        x = features(space, unit)
+        return slopes.valued(x) if gradients else x
 
     def prior_of(settings: Settings) -> gp.Prior:
         return gp.prior_of(space, *settings, input_warping)
@@ -227,21 +255,21 @@ def surrogate(space: Space, input_warping: bool) -> Surrogate:
         return posterior.mask.shape[0] + turn
 
     def fantasize(posterior: gp.Posterior, turn: jax.Array, unit: jax.Array, *drawn: jax.Array) -> tuple:
-        return gp.fantasized(space, posterior, row(posterior, turn), features(space, unit), *drawn)
+        return gp.fantasized(space, posterior, row(posterior, turn), at(unit[None])[0], *drawn)
 
     def updated(
         posterior: gp.Posterior, before: Prediction, unit: jax.Array, link: gp.Row, turn: jax.Array
     ) -> Prediction:
-        return gp.updated(space, posterior, before, features(space, unit), link, row(posterior, turn))
+        return gp.updated(space, posterior, before, at(unit), link, row(posterior, turn))
 
     return Surrogate(
         plans=plans,
         init=lambda key, settings, capacity: init(key, prior_of(settings).mean, capacity),
         reserve=reserve,
         observe=learn,
-        predict=lambda posterior, unit: gp.predict(space, posterior, features(space, unit)),
+        predict=lambda posterior, unit: gp.predict(space, posterior, at(unit)),
         std=gp.deviation,
         fantasize=fantasize,
         updated=updated,
-        draw=lambda key, posterior, before, unit: gp.draw(key, space, posterior, before, features(space, unit)),
+        draw=lambda key, posterior, before, unit: gp.draw(key, space, posterior, before, at(unit)),
     )

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.special import ndtri
+from jax.typing import ArrayLike
 
 from jaxhpo.draws import bits, uniform
+from jaxhpo.sequential.surrogate import slopes
 from jaxhpo.sequential.surrogate.kernel import Covariance, Geometry, covariance, geometry, variance
 from jaxhpo.sequential.surrogate.surrogate import Prediction
 from jaxhpo.sequential.surrogate.targets import distances, transformed
@@ -57,7 +59,7 @@ class Data(NamedTuple):
     """What a model is fitted to."""
 
     x: jax.Array
-    """float[n, dims], `features`"""
+    """float[n, dims], `features`; with derivatives, float[n + slopes, dims + 1], observations of `slopes`"""
     between: Geometry | None
     """of `x` with itself; `None` where each model bends its inputs"""
     distance: jax.Array
@@ -66,6 +68,33 @@ class Data(NamedTuple):
     """bool[n]: rows with a finite loss"""
     mask: jax.Array
     """bool[n]: rows that hold a trial"""
+    slopes: "Slopes | None" = None
+    """derivatives that were observed"""
+
+    @property
+    def observed(self) -> jax.Array:
+        """bool[n + slopes]: observations that there are, values first."""
+        return self.mask if self.slopes is None else jnp.concatenate([self.mask, self.slopes.mask])
+
+    def targets(self, log_tail: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """float[n + slopes], and the logarithm of the Jacobian of what was observed, float[]."""
+        targets, log_slope = transformed(self.distance, self.finite, self.mask, log_tail)
+        if self.slopes is None:
+            return targets, log_slope.sum()
+        own = log_slope[self.slopes.row]
+        slopes = jnp.where(self.slopes.mask, jnp.exp(own) * self.slopes.value, 0)
+        return jnp.concatenate([targets, slopes]), log_slope.sum() + jnp.where(self.slopes.mask, own, 0).sum()
+
+
+class Slopes(NamedTuple):
+    """Derivatives of `Data.distance` by the unit cube; their points are behind those of the values in `Data.x`."""
+
+    row: jax.Array
+    """i32[slopes]: of the values, whose derivative it is"""
+    value: jax.Array
+    """float[slopes]"""
+    mask: jax.Array
+    """bool[slopes]: those that there are"""
 
 
 class Posterior(NamedTuple):
@@ -74,7 +103,7 @@ class Posterior(NamedTuple):
     parameters: Parameters
     """arrays [members, ...]"""
     x: jax.Array
-    """float[n, dims], `features`"""
+    """float[n, dims], `Data.x`"""
     mask: jax.Array
     """bool[n]: rows that count; the others have the rows of an identity in `w`"""
     w: jax.Array
@@ -105,27 +134,42 @@ def bent(parameters: Parameters, x: jax.Array, space: Space) -> jax.Array:
 
 
 def cross(space: Space, parameters: Parameters, a: jax.Array, b: jax.Array, between: Geometry | None) -> jax.Array:
-    """Covariances of the values at two sets of points, through `between` where it is known: float[n, m]."""
+    """Covariances of two sets of observations, through `between` where it is known: float[n, m]."""
+    if a.shape[-1] > space.dims:
+        return slopes.covariance(space, parameters.covariance, a, b)
     known = geometry(space, bent(parameters, a, space), bent(parameters, b, space)) if between is None else between
     return covariance(parameters.covariance, known)
 
 
 def shared(space: Space, parameters: Parameters, a: jax.Array, b: jax.Array) -> Geometry | None:
-    """The geometry that all models have in common, `None` where each bends its inputs."""
-    return None if parameters.log_bend.shape[-2] else geometry(space, a, b)
+    """The geometry that all models have in common, `None` where each has its own."""
+    has_own = parameters.log_bend.shape[-2] or a.shape[-1] > space.dims
+    return None if has_own else geometry(space, a, b)
 
 
 def nugget(parameters: Parameters) -> jax.Array:
-    """What is added to the diagonal: the noise, and what the working dtype needs."""
+    """What is added to the variance of a value: the noise, and what the working dtype needs."""
     jitter = JITTER[parameters.log_noise.dtype.itemsize]
     return jnp.exp(parameters.log_noise) + jitter * (1 + jnp.exp(parameters.covariance.log_trend))
+
+
+def nuggets(space: Space, parameters: Parameters, x: jax.Array) -> jax.Array:
+    """What is added to the diagonal: float[n]."""
+    if x.shape[-1] == space.dims:
+        return jnp.full(x.shape[0], nugget(parameters))
+    return nugget(parameters) * slopes.size(parameters.covariance, x)
+
+
+def own_variance(space: Space, parameters: Parameters, x: jax.Array) -> jax.Array:
+    """Variances of the values at points, without noise: float[n]."""
+    return variance(space, parameters.covariance, bent(parameters, x[:, : space.dims], space))
 
 
 def gram(space: Space, parameters: Parameters, data: Data) -> jax.Array:
     """The covariance of the observations, an identity in rows that hold none: float[n, n]."""
     known = cross(space, parameters, data.x, data.x, data.between)
-    both = data.mask[:, None] & data.mask[None, :]
-    return jnp.where(both, known, 0) + jnp.diag(jnp.where(data.mask, nugget(parameters), 1))
+    both = data.observed[:, None] & data.observed
+    return jnp.where(both, known, 0) + jnp.diag(jnp.where(data.observed, nuggets(space, parameters, data.x), 1))
 
 
 def inverse_factor(matrix: jax.Array) -> jax.Array:
@@ -177,10 +221,10 @@ log_marginal_likelihood.defvjp(_likelihood_forward, _likelihood_backward)
 def log_posterior(space: Space, prior: Prior, data: Data, white: Parameters) -> jax.Array:
     """Log density of hyperparameters given the losses, at the point `white` that has a standard normal prior."""
     parameters = prior.at(white)
-    targets, log_slope = transformed(data.distance, data.finite, data.mask, parameters.log_tail)
+    targets, log_slope = data.targets(parameters.log_tail)
     matrix = gram(space, parameters, data)
-    evidence = log_marginal_likelihood(matrix, targets, data.mask.sum().astype(targets.dtype))
-    return evidence + log_slope.sum() - sum((x**2).sum() for x in jax.tree.leaves(white)) / 2
+    evidence = log_marginal_likelihood(matrix, targets, data.observed.sum().astype(targets.dtype))
+    return evidence + log_slope - sum((x**2).sum() for x in jax.tree.leaves(white)) / 2
 
 
 def factors(space: Space, parameters: Parameters, data: Data) -> jax.Array:
@@ -190,8 +234,7 @@ def factors(space: Space, parameters: Parameters, data: Data) -> jax.Array:
 
 def condition(parameters: Parameters, w: jax.Array, data: Data) -> Posterior:
     """The posterior, given its factors."""
-    transform = lambda p: transformed(data.distance, data.finite, data.mask, p.log_tail)[0]  # noqa: E731
-    return conditioned(parameters, w, data, jax.vmap(transform)(parameters))
+    return conditioned(parameters, w, data, jax.vmap(lambda p: data.targets(p.log_tail)[0])(parameters))
 
 
 def conditioned(parameters: Parameters, w: jax.Array, data: Data, targets: jax.Array) -> Posterior:
@@ -200,12 +243,12 @@ def conditioned(parameters: Parameters, w: jax.Array, data: Data, targets: jax.A
     def one(parameters: Parameters, w: jax.Array, targets: jax.Array) -> tuple:
         whitened = w @ targets
         weights = w.T @ whitened
-        fitted = targets - jnp.exp(parameters.log_noise) * weights
+        fitted = (targets - jnp.exp(parameters.log_noise) * weights)[: data.finite.shape[0]]
         best = jnp.min(jnp.where(data.finite, fitted, jnp.inf))
-        scale = scale_of(whitened, data.mask.sum().astype(w.dtype))
+        scale = scale_of(whitened, data.observed.sum().astype(w.dtype))
         return whitened, weights, scale, jnp.where(data.finite.any(), best, 0)
 
-    return Posterior(parameters, data.x, data.mask, w, *jax.vmap(one)(parameters, w, targets))
+    return Posterior(parameters, data.x, data.observed, w, *jax.vmap(one)(parameters, w, targets))
 
 
 class Row(NamedTuple):
@@ -231,7 +274,7 @@ def extended(
     def one(parameters: Parameters, w: jax.Array) -> tuple[jax.Array, Row]:
         along = jnp.where(mask, cross(space, parameters, point[None], x, between)[0], 0)
         factor = w @ along
-        own = variance(space, parameters.covariance, bent(parameters, point[None], space))[0]
+        own = own_variance(space, parameters, point[None])[0]
         left = own + nugget(parameters) - (factor**2).sum()
         inverse_std = lax.rsqrt(jnp.maximum(left, nugget(parameters)))
         row = (-inverse_std * (factor @ w)).at[at].set(inverse_std)
@@ -295,7 +338,7 @@ def predict(space: Space, posterior: Posterior, candidates: jax.Array) -> Predic
     def one(parameters: Parameters, w: jax.Array, weights: jax.Array) -> Prediction:
         along = jnp.where(posterior.mask, cross(space, parameters, candidates, posterior.x, between), 0)
         projected = jnp.matmul(along, w.T, precision="highest")
-        own = variance(space, parameters.covariance, bent(parameters, candidates, space))
+        own = own_variance(space, parameters, candidates)
         return Prediction(along @ weights, own - (projected**2).sum(1), projected)
 
     return jax.vmap(one)(posterior.parameters, posterior.w, posterior.weights)
@@ -322,7 +365,7 @@ def prior_of(
     """
     dims, dtype = space.dims, working_dtype()
 
-    def tree(lengthscale: jax.Array, trend: jax.Array, noise: jax.Array, tail: jax.Array, bend: float) -> Parameters:
+    def tree(lengthscale: ArrayLike, trend: ArrayLike, noise: ArrayLike, tail: ArrayLike, bend: float) -> Parameters:
         covariance = Covariance(jnp.full(dims, lengthscale, dtype), jnp.asarray(trend, dtype))
         rest = jnp.asarray(noise, dtype), jnp.asarray(tail, dtype), jnp.full((2 * bends, dims), bend, dtype)
         return Parameters(covariance, *rest)
@@ -357,5 +400,5 @@ def draw(key: jax.Array, space: Space, posterior: Posterior, before: Prediction,
     together = cross(space, parameters, candidates, candidates, None)
     left = together - jnp.matmul(link, link.T, precision="highest")
     # Candidates crowd together: more than the nugget keeps this factor real.
-    factor = jnp.linalg.cholesky(left + DRAW_JITTER * jnp.diag(variance(space, parameters.covariance, candidates)))
+    factor = jnp.linalg.cholesky(left + DRAW_JITTER * jnp.diag(own_variance(space, parameters, candidates)))
     return before.mean[member] + jnp.sqrt(posterior.scale[member]) * (factor @ ndtri(drawn[1:]))

@@ -73,13 +73,13 @@ class Geometry(NamedTuple):
     """float[n, m]: the square of an inner product, whose functions are all quadratic ones; 1 at a corner with itself"""
 
 
-def _around(space: Space, a: jax.Array) -> jax.Array:
+def around(space: Space, a: jax.Array) -> jax.Array:
     """Coordinates from -1 to 1, 0 in categorical dims."""
     return (2 * a - 1) * jnp.asarray(~space.categorical, a.dtype)
 
 
-def _most(space: Space) -> int:
-    """The trend at a corner before it is scaled."""
+def corner(space: Space) -> int:
+    """The square of the inner product of a corner with itself, by which the trend is scaled."""
     return (1 + int((~space.categorical).sum())) ** 2
 
 
@@ -88,8 +88,8 @@ def geometry(space: Space, a: jax.Array, b: jax.Array) -> Geometry:
     apart = a.T[:, :, None] - b.T[:, None, :]
     if space.categorical.any():
         apart = jnp.where(jnp.asarray(space.categorical)[:, None, None], (apart != 0).astype(a.dtype), apart)
-    inner = jnp.matmul(_around(space, a), _around(space, b).T, precision="highest")
-    return Geometry(apart**2, (1 + inner) ** 2 / _most(space))
+    inner = jnp.matmul(around(space, a), around(space, b).T, precision="highest")
+    return Geometry(apart**2, (1 + inner) ** 2 / corner(space))
 
 
 def covariance(parameters: Covariance, between: Geometry) -> jax.Array:
@@ -101,5 +101,5 @@ def covariance(parameters: Covariance, between: Geometry) -> jax.Array:
 
 def variance(space: Space, parameters: Covariance, a: jax.Array) -> jax.Array:
     """Variances of the values at the points float[n, dims]: float[n]."""
-    square = (_around(space, a) ** 2).sum(-1)
-    return 1 + jnp.exp(parameters.log_trend) * (1 + square) ** 2 / _most(space)
+    square = (around(space, a) ** 2).sum(-1)
+    return 1 + jnp.exp(parameters.log_trend) * (1 + square) ** 2 / corner(space)
