@@ -272,9 +272,9 @@ def bayesian(
       True
 
     Reference:
-      Jones, Schonlau and Welch (1998), Efficient global optimization of expensive black-box functions. Snoek, Larochelle
-      and Adams (2012), Practical Bayesian optimization of machine learning algorithms. Ament et al. (2023), Unexpected
-      improvements to expected improvement for Bayesian optimization.
+      Jones, Schonlau and Welch (1998), Efficient global optimization of expensive black-box functions. Snoek,
+      Larochelle and Adams (2012), Practical Bayesian optimization of machine learning algorithms. Ament et al. (2023),
+      Unexpected improvements to expected improvement for Bayesian optimization.
     """
     one_of("surrogate", surrogate, SURROGATES)
     one_of("acquisition", acquisition, (*ACQUISITIONS, THOMPSON))

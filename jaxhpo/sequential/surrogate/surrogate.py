@@ -61,4 +61,4 @@ class Surrogate(NamedTuple):
     updated: Callable
     """(posterior, prediction, unit[candidates, dims], link, turn) -> the prediction after a fantasy"""
     draw: Callable
-    """(key, posterior, prediction, unit[candidates, dims]) -> float[candidates], one function drawn from the posterior"""
+    """(key, posterior, prediction, unit[candidates, dims]) -> float[candidates]: a function drawn from the posterior"""
