@@ -15,6 +15,7 @@ import jaxhpo as hpo
 
 METHODS = {
     "random": lambda space, batch: hpo.random(space, batch=batch),
+    "tpe": lambda space, batch: hpo.tpe(space, batch=batch),
 }
 
 

@@ -15,7 +15,7 @@ from jaxhpo.trainable import Trainable
 from jaxhpo.bandit import hyperband, successive_halving
 from jaxhpo.exhaustive import grid
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm
-from jaxhpo.sequential import coordinate_descent
+from jaxhpo.sequential import coordinate_descent, tpe
 from jaxhpo.stochastic import annealing, quasirandom, random
 
 # Running a study.
@@ -64,6 +64,7 @@ __all__ = [
     "select_optimizer",
     "study",
     "successive_halving",
+    "tpe",
     "trial_keys",
     "unroll",
 ]

@@ -1,0 +1,425 @@
+"""The tree-structured Parzen estimator: trials where good points are dense and bad ones are not.
+
+Bergstra, Bardenet, Bengio and Kégl (2011), Algorithms for hyper-parameter optimization: the estimator, and the ratio of
+the densities of good and bad points as acquisition. Watanabe (2023), Tree-structured Parzen estimator: understanding
+its algorithm components and their roles for better empirical performance: the variants below. Falkner, Klein and Hutter
+(2018), BOHB: one kernel over all dims. Pending points are told as bad ones: the constant liar of Ginsbourger, Le Riche
+and Carraro (2010), Kriging is well-suited to parallelize optimization.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxhpo import history as records
+from jaxhpo.checks import one_of, real, whole
+from jaxhpo.draws import bits, scramble, uniform
+from jaxhpo.history import History
+from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count
+from jaxhpo.sequential.surrogate.parzen import (
+    Mixture,
+    cells,
+    features,
+    log_densities,
+    log_density,
+    neighbours,
+    sample,
+    snapped,
+    spread,
+)
+from jaxhpo.space import Space, working_dtype
+from jaxhpo.variation import another_level, latin_hypercube, one_dim
+
+SPLITS = ("linear", "sqrt")
+WEIGHTINGS = ("rank", "improvement", "uniform", "decay")
+BANDWIDTHS = ("neighbour", "scott", "dimensions")
+MOST_GOOD = 25
+RECENT = 25
+ENUMERATED = 256
+UNTRIED = 16
+REPEATED = 1e6
+FIRST = 1e3
+HALF_A_LEVEL = 0.5
+
+
+class Settings(NamedTuple):
+    """Numeric settings of the Parzen estimators; float[] each."""
+
+    gamma: jax.Array
+    """share of the trials that is good, or with split "sqrt" the factor of the root of their number"""
+    scale: jax.Array
+    """factor of the bandwidths of good points"""
+    exponent: jax.Array
+    """magic clipping: the bandwidth of good points is at least n^-exponent"""
+    bad_exponent: jax.Array
+    """the same of bad ones"""
+    min_bandwidth: jax.Array
+    """least bandwidth, as a share of the range"""
+    prior_weight: jax.Array
+    """weight of the uniform component, in points"""
+    smoothing: jax.Array
+    """weight of every option of a categorical in a kernel, in points"""
+
+
+class State(NamedTuple):
+    """State of the tree-structured Parzen estimator."""
+
+    history: History
+    design: jax.Array
+    """float[startup, dims]: the first trials, up to whole asks"""
+    settings: Settings
+    asked: Count
+    """i32[]: trials asked for so far"""
+
+
+class Rules(NamedTuple):
+    """What chooses code."""
+
+    split: str
+    weighting: str
+    bandwidth: str
+    multivariate: bool
+    magic_clip: bool
+
+
+class Pool(NamedTuple):
+    """Points to choose from."""
+
+    unit: jax.Array
+    """float[points, dims]"""
+    good: jax.Array
+    """float[points, 1 or dims]: logarithm of the good density, of all dims at once or of each"""
+    bad: jax.Array
+    """float[points, 1 or dims]: the same of the bad one"""
+    live: jax.Array
+    """bool[points, 1 or dims]: which of them count"""
+    repeated: jax.Array
+    """bool[points]: whether it was tried or is being tried"""
+
+
+def number_of_good(split: str, gamma: jax.Array, n: jax.Array) -> jax.Array:
+    """How many of n trials are good, from 1 to 25: float[]."""
+    return jnp.clip(jnp.ceil(gamma * (n if split == "linear" else jnp.sqrt(n))), 1, MOST_GOOD)
+
+
+def good_weights(weighting: str, losses: jax.Array, number: jax.Array) -> jax.Array:
+    """Weights of the best trials, in their order, with a sum of their number.
+
+    Args:
+      weighting: "rank" falls linearly with the rank, "improvement" is by how far a loss is below that of the best bad
+        trial (the expected improvement of Song, Yu, Neiswanger and Ermon, 2022); the others are uniform.
+      losses: float[good + 1], the lowest losses, +inf where there are no more.
+      number: float[], how many are good.
+    """
+    rank = jnp.arange(losses.shape[0] - 1)
+    is_good = (rank < number) & jnp.isfinite(losses[:-1])
+    weight = is_good.astype(losses.dtype)
+    if weighting == "rank":
+        weight = jnp.where(is_good, 1 - rank / number, 0)
+    elif weighting == "improvement":
+        # Scaled first: the difference of two losses may be no number of the dtype.
+        finite = jnp.where(jnp.isfinite(losses), losses, losses[0])
+        scaled = finite / jnp.maximum(jnp.abs(finite).max(), jnp.finfo(losses.dtype).tiny)
+        known = jnp.isfinite(losses) & (jnp.arange(losses.shape[0]) <= number)
+        threshold = jnp.where(known, scaled, -jnp.inf).max()
+        gain = jnp.where(is_good, threshold - scaled[:-1], 0)
+        weight = jnp.where(gain.max() > 0, gain / jnp.where(gain.max() > 0, gain.max(), 1), weight)
+    total = weight.sum()
+    return weight * is_good.sum() / jnp.where(total > 0, total, 1)
+
+
+def decay(is_bad: jax.Array) -> jax.Array:
+    """Weights that fall linearly with age, to 1/n for the oldest of n, but not of the 25 most recent: float[n]."""
+    age = jnp.cumsum(is_bad[::-1])[::-1] - 1
+    n = is_bad.sum()
+    ramp = 1 / jnp.maximum(n, 1) + (1 - 1 / jnp.maximum(n, 1)) * (n - 1 - age) / jnp.maximum(n - RECENT - 1, 1)
+    return jnp.where(is_bad, jnp.where(age < RECENT, 1, ramp), 0.0)
+
+
+def options_share(space: Space, smoothing: jax.Array, n: jax.Array) -> jax.Array:
+    """The chance with which a kernel of a categorical is uniform, where all n kernels share the smoothing: [dims]."""
+    weight = jnp.maximum(jnp.asarray(space.levels, working_dtype()), 1) * smoothing / (n + 1)
+    return weight / (1 + weight)
+
+
+def fingerprints(space: Space, unit: jax.Array, live: jax.Array) -> jax.Array:
+    """Hashes of the levels of live dims: u32[points], equal for points that decode to the same."""
+    has_levels = np.flatnonzero(space.levels)
+    level = jnp.where(live[:, has_levels], space.level(unit) + 1, 0).astype(jnp.uint32)
+    place = scramble(jnp.arange(1, has_levels.size + 1, dtype=jnp.uint32))
+    return scramble(level + place).sum(1, dtype=jnp.uint32)
+
+
+def all_points(space: Space) -> jax.Array | None:
+    """Every point of a space of at most 256, float[points, dims]; None where there are more."""
+    if not space.levels.all() or np.prod(space.levels, dtype=float) > ENUMERATED:
+        return None
+    grid = np.stack(np.meshgrid(*map(np.arange, space.levels), indexing="ij"), -1).reshape(-1, space.dims)
+    return space.middle(jnp.asarray(grid, jnp.int32))
+
+
+def mixtures(
+    space: Space, rules: Rules, settings: Settings, told: History, waiting: jax.Array, is_waiting: jax.Array
+) -> tuple[Mixture, Mixture]:
+    """The estimators of good and bad points.
+
+    Args:
+      space: whose points they are.
+      rules: static.
+      settings: traced.
+      told: the record; failed trials are bad.
+      waiting: float[m, dims], points that are asked for and not told: bad ones.
+      is_waiting: bool[m], which rows of it there are.
+
+    Returns:
+      Of the best trials, at most 25, and of all rows, those that are good with weight 0.
+    """
+    rows = told.losses.shape[0]
+    number = number_of_good(rules.split, settings.gamma, told.succeeded.sum())
+    best, at = lax.top_k(-told.losses, min(MOST_GOOD + 1, rows))
+    at = at[:MOST_GOOD]
+    weight = good_weights(rules.weighting, -best, number)
+    is_good = weight > 0
+    all_unit = snapped(space, jnp.concatenate([told.unit, jnp.where(is_waiting[:, None], waiting, 0.5)]))
+    live = space.active(all_unit)
+    is_bad = jnp.concatenate([told.mask, is_waiting])
+    is_bad = is_bad.at[at].set(is_bad[at] & ~((jnp.arange(at.size) < number) & jnp.isfinite(best[: at.size])))
+    bad_weight = decay(is_bad) if rules.weighting == "decay" else is_bad.astype(weight.dtype)
+
+    def bandwidth(unit: jax.Array, wished: jax.Array, n: jax.Array, exponent: jax.Array) -> jax.Array:
+        least = settings.min_bandwidth
+        if rules.magic_clip:
+            least = jnp.maximum(least, (n + 2.0) ** -exponent)
+        least = jnp.maximum(least, HALF_A_LEVEL * cells(space, unit))
+        return jnp.where(space.categorical, options_share(space, settings.smoothing, n), jnp.clip(wished, least, 1))
+
+    unit, known = all_unit[at], live[at] & is_good[:, None]
+    if rules.bandwidth == "neighbour":
+        wished, bad_wished = neighbours(unit, known), jnp.zeros((1, space.dims), unit.dtype)
+    else:
+        wished = spread(rules.bandwidth, unit, known, weight)
+        bad_wished = spread(rules.bandwidth, all_unit, live & is_bad[:, None], bad_weight)
+    width = bandwidth(unit, settings.scale * wished, is_good.sum(), settings.exponent)
+    bad_width = bandwidth(all_unit, bad_wished, is_bad.sum(), settings.bad_exponent)
+    return (
+        Mixture(unit, live[at], width, weight, settings.prior_weight),
+        Mixture(all_unit, live, bad_width, bad_weight, settings.prior_weight),
+    )
+
+
+def in_pool(space: Space, rules: Rules, unit: jax.Array, good: Mixture, bad: Mixture, told: jax.Array) -> Pool:
+    """Points with their densities.
+
+    Args:
+      space: whose points they are.
+      rules: static.
+      unit: float[points, dims], levels in their middles.
+      good: estimator of good points.
+      bad: and of bad ones; its points are all that were tried.
+      told: bool[n], which of those there are.
+    """
+    live = space.active(unit)
+    if rules.multivariate:
+        point = features(space, unit, live)
+        found = [log_density(space, point, mixture) for mixture in (good, bad)]
+    else:
+        point = features(space, unit, jnp.ones_like(live))
+        found = [log_densities(space, point, mixture) for mixture in (good, bad)]
+        # Every dim chooses by itself: the best values of all dims are a point, the second best are one, ...
+        order = jnp.argsort(found[1] - found[0], axis=0)
+        unit, *found = (jnp.take_along_axis(x, order, 0) for x in (unit, *found))
+        live = space.active(unit)
+    repeated = jnp.zeros(unit.shape[0], bool)
+    if space.levels.all():
+        same = fingerprints(space, unit, live)[:, None] == fingerprints(space, bad.unit, bad.live)
+        repeated = (same & told).any(1)
+    counts = jnp.ones((1, 1), bool) if rules.multivariate else live
+    return Pool(unit, found[0], found[1], counts, repeated)
+
+
+def choose(space: Space, rules: Rules, pool: Pool, width: jax.Array, total: jax.Array, batch: int) -> jax.Array:
+    """Points of the pool, each where the ratio of the densities is largest once those before it count as bad.
+
+    Args:
+      space: whose points they are.
+      rules: static.
+      pool: to choose from.
+      width: float[1, dims], the bandwidth of what was chosen.
+      total: float[], the sum of the weights of the bad density.
+      batch: how many.
+
+    Returns:
+      float[batch, dims].
+    """
+    live = space.active(pool.unit)
+    point = features(space, pool.unit, live if rules.multivariate else jnp.ones_like(live))
+    prints = fingerprints(space, pool.unit, live) if space.levels.all() else None
+    row = jnp.arange(pool.repeated.size)
+
+    def score(bad: jax.Array, repeated: jax.Array) -> jax.Array:
+        return jnp.where(pool.live, pool.good - bad, 0).sum(1) - REPEATED * repeated
+
+    if batch == 1:
+        return pool.unit[lax.argmax(score(pool.bad, pool.repeated), 0, jnp.int32)][None]
+
+    def pick(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
+        bad, repeated = carry
+        best = lax.argmax(score(bad, repeated), 0, jnp.int32)
+        again = (row == best) if prints is None else (prints == prints[best])
+        chosen = Mixture(
+            pool.unit[best][None], live[best][None], width, jnp.ones(1, bad.dtype), jnp.zeros((), bad.dtype)
+        )
+        kernel = (log_density if rules.multivariate else log_densities)(space, point, chosen)
+        return (jnp.logaddexp(bad, kernel - jnp.log(total)), repeated | again), pool.unit[best]
+
+    return lax.scan(pick, (pool.bad, pool.repeated), length=batch)[1]
+
+
+def propose(
+    told: History,
+    waiting: jax.Array,
+    is_waiting: jax.Array,
+    key: jax.Array,
+    settings: Settings,
+    *,
+    space: Space,
+    rules: Rules,
+    candidates: int,
+    batch: int,
+) -> jax.Array:
+    """The points that are asked next: float[batch, dims]."""
+    good, bad = mixtures(space, rules, settings, told, waiting, is_waiting)
+    is_told = jnp.concatenate([told.mask, is_waiting])
+    unit = all_points(space)
+    if unit is None:
+        size = candidates * batch
+        key_unit, key_which, key_move = jax.random.split(key, 3)
+        which = uniform(bits(key_which, (size, 1 if rules.multivariate else space.dims)))
+        unit = sample(space, good, uniform(bits(key_unit, (size, space.dims))), which)
+        if space.levels.all():
+            unit = jnp.concatenate([unit, *elsewhere(space, key_move, unit, UNTRIED + batch)])
+    pool = in_pool(space, rules, unit, good, bad, is_told)
+    width = jnp.min(jnp.where(is_told[:, None], bad.bandwidth, 1), axis=0, keepdims=True)
+    return choose(space, rules, pool, width, bad.weight.sum() + bad.prior, batch)
+
+
+def elsewhere(space: Space, key: jax.Array, unit: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """Points one level away from each of some, and n uniform ones, where those themselves may all have been tried."""
+    u = uniform(bits(key, (unit.shape[0] + n, space.dims + 1)))
+    chance, anywhere = u[: unit.shape[0]], u[unit.shape[0] :, :-1]
+    moves = one_dim(space, space.active(unit) if space.nesting else None, chance[:, -1])
+    return jnp.where(moves, another_level(space, unit, chance[:, :-1]), unit), snapped(space, anywhere)
+
+
+def begin(
+    told: History, waiting: jax.Array, is_waiting: jax.Array, key: jax.Array, design: jax.Array, *, space: Space
+) -> jax.Array:
+    """The points of the design that are not tried yet, and others instead of those that are: float[batch, dims]."""
+    batch, every = design.shape[0], all_points(space)
+    others = every if every is not None else space.sample(key, UNTRIED + batch)
+    unit = snapped(space, jnp.concatenate([design, others]))
+    first = FIRST * jnp.concatenate([batch - jnp.arange(batch), uniform(bits(key, (others.shape[0],)))])
+    tried = snapped(space, jnp.concatenate([told.unit, waiting]))
+    live, known = space.active(unit), space.active(tried)
+    same = fingerprints(space, unit, live)[:, None] == fingerprints(space, tried, known)
+    repeated = (same & jnp.concatenate([told.mask, is_waiting])).any(1)
+    pool = Pool(unit, first[:, None], jnp.zeros((unit.shape[0], 1), unit.dtype), jnp.ones((1, 1), bool), repeated)
+    joint = Rules(*SPLITS[:1], *WEIGHTINGS[:1], *BANDWIDTHS[:1], multivariate=True, magic_clip=True)
+    one = jnp.ones((), unit.dtype)
+    return choose(space, joint, pool, jnp.full((1, space.dims), HALF_A_LEVEL, unit.dtype), one, batch)
+
+
+@functools.lru_cache(maxsize=256)
+def _functions(
+    space: Space, rules: Rules, startup: int, candidates: int, batch: int
+) -> tuple[Callable, Callable, Callable]:
+    rounds = -(-startup // batch)
+    finite = bool(space.levels.all())
+    model = functools.partial(propose, space=space, rules=rules, candidates=candidates, batch=batch)
+
+    def init(key: jax.Array, settings: Settings) -> State:
+        return State(
+            history=records.empty(space.dims),
+            design=latin_hypercube(key, rounds * batch, space.dims).astype(working_dtype()),
+            settings=settings,
+            asked=count(),
+        )
+
+    def ask(key: jax.Array, state: State, pending: Trials | None = None) -> tuple[Trials, State]:
+        asked, dtype = state.asked.value, state.design.dtype
+        waiting, is_waiting = jnp.zeros((0, space.dims), dtype), jnp.zeros(0, bool)
+        if pending is not None:
+            waiting, is_waiting = pending.unit.astype(dtype), pending.active
+            waiting = jnp.where(is_waiting[:, None], waiting, 0.5)
+
+        def start(key: jax.Array) -> jax.Array:
+            design = lax.dynamic_slice_in_dim(state.design, jnp.minimum(asked, (rounds - 1) * batch), batch)
+            if not finite:
+                return design
+            return records.on_bucket(
+                functools.partial(begin, space=space), state.history, waiting, is_waiting, key, design
+            )
+
+        def learn(key: jax.Array) -> jax.Array:
+            return records.on_bucket(model, state.history, waiting, is_waiting, key, state.settings)
+
+        # Both are counts: under `vmap` the predicate is not batched, and this stays a branch.
+        begins = jnp.maximum(asked, state.history.count.value) < startup
+        unit = lax.cond(begins, start, learn, key) if startup else learn(key)
+        return black_box(space, unit, asked), state._replace(asked=Count(asked + batch))
+
+    def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
+        del gradients
+        return state._replace(history=records.append(state.history, trials.unit, losses, trials.active))
+
+    return init, ask, tell
+
+
+def reserve(state: State, capacity: int) -> State:
+    """`state` with room for that many told trials."""
+    return state._replace(history=records.reserve(state.history, capacity))
+
+
+def tpe(
+    space: PyTree,
+    *,
+    batch: int = 1,
+    startup: int = 8,
+    candidates: int = 64,
+    split: str = "linear",
+    gamma: float = 0.1,
+    weighting: str = "rank",
+    bandwidth: str = "neighbour",
+    scale: float = 0.6,
+    magic_clip: bool = True,
+    exponent: float = 1.5,
+    bad_exponent: float = 1.0,
+    min_bandwidth: float = 0.01,
+    prior_weight: float = 1.0,
+    smoothing: float = 1.0,
+    multivariate: bool = True,
+) -> Method:
+    """The tree-structured Parzen estimator."""
+    space, batch = Space.of(space), whole("batch", batch, 1)
+    startup, candidates = whole("startup", startup, 0), whole("candidates", candidates, 1)
+    one_of("split", split, SPLITS)
+    one_of("weighting", weighting, WEIGHTINGS)
+    one_of("bandwidth", bandwidth, BANDWIDTHS)
+    values = (
+        real("gamma", gamma, 1e-3, 10, "0.1 is usual"),
+        real("scale", scale, 1e-3, 10, "0.6 is usual"),
+        real("exponent", exponent, 0, 10, "1.5 is usual"),
+        real("bad_exponent", bad_exponent, 0, 10, "1 is usual"),
+        real("min_bandwidth", min_bandwidth, 1e-4, 1, "0.01 is usual"),
+        real("prior_weight", prior_weight, 1e-6, 1e6, "1 is usual"),
+        real("smoothing", smoothing, 1e-6, 1e6, "1 is usual"),
+    )
+    settings = Settings(*(jnp.asarray(value, working_dtype()) for value in values))
+    rules = Rules(split, weighting, bandwidth, bool(multivariate), bool(magic_clip))
+    init, ask, tell = _functions(space, rules, startup, candidates, batch)
+    return Method("tpe", space, settings, Initializer(init, settings), ask, tell, batch, reserve=reserve)
