@@ -40,6 +40,7 @@ WEIGHTINGS = ("rank", "improvement", "uniform", "decay")
 BANDWIDTHS = ("neighbour", "scott", "dimensions")
 MOST_GOOD = 25
 RECENT = 25
+GROWTH = 2
 ENUMERATED = 256
 UNTRIED = 16
 REPEATED = 1e6
@@ -185,7 +186,7 @@ def mixtures(
     at = at[:MOST_GOOD]
     weight = good_weights(rules.weighting, -best, number)
     is_good = weight > 0
-    all_unit = snapped(space, jnp.concatenate([told.unit, jnp.where(is_waiting[:, None], waiting, 0.5)]))
+    all_unit = snapped(space, jnp.concatenate([told.unit, waiting]))
     live = space.active(all_unit)
     is_bad = jnp.concatenate([told.mask, is_waiting])
     is_bad = is_bad.at[at].set(is_bad[at] & ~((jnp.arange(at.size) < number) & jnp.isfinite(best[: at.size])))
@@ -344,7 +345,7 @@ def _functions(
 
     def init(key: jax.Array, settings: Settings) -> State:
         return State(
-            history=records.empty(space.dims),
+            history=records.empty(space.dims, growth=GROWTH),
             design=latin_hypercube(key, rounds * batch, space.dims).astype(working_dtype()),
             settings=settings,
             asked=count(),
@@ -362,11 +363,11 @@ def _functions(
             if not finite:
                 return design
             return records.on_bucket(
-                functools.partial(begin, space=space), state.history, waiting, is_waiting, key, design
+                functools.partial(begin, space=space), state.history, waiting, is_waiting, key, design, growth=GROWTH
             )
 
         def learn(key: jax.Array) -> jax.Array:
-            return records.on_bucket(model, state.history, waiting, is_waiting, key, state.settings)
+            return records.on_bucket(model, state.history, waiting, is_waiting, key, state.settings, growth=GROWTH)
 
         # Both are counts: under `vmap` the predicate is not batched, and this stays a branch.
         begins = jnp.maximum(asked, state.history.count.value) < startup
@@ -382,7 +383,7 @@ def _functions(
 
 def reserve(state: State, capacity: int) -> State:
     """`state` with room for that many told trials."""
-    return state._replace(history=records.reserve(state.history, capacity))
+    return state._replace(history=records.reserve(state.history, capacity, GROWTH))
 
 
 def tpe(
@@ -395,13 +396,13 @@ def tpe(
     gamma: float = 0.1,
     weighting: str = "rank",
     bandwidth: str = "neighbour",
-    scale: float = 0.6,
+    scale: float = 0.8,
     magic_clip: bool = True,
-    exponent: float = 1.5,
-    bad_exponent: float = 1.0,
+    exponent: float = 1.25,
+    bad_exponent: float = 0.9,
     min_bandwidth: float = 0.01,
     prior_weight: float = 1.0,
-    smoothing: float = 1.0,
+    smoothing: float = 0.5,
     multivariate: bool = True,
 ) -> Method:
     """The tree-structured Parzen estimator."""
@@ -412,12 +413,12 @@ def tpe(
     one_of("bandwidth", bandwidth, BANDWIDTHS)
     values = (
         real("gamma", gamma, 1e-3, 10, "0.1 is usual"),
-        real("scale", scale, 1e-3, 10, "0.6 is usual"),
-        real("exponent", exponent, 0, 10, "1.5 is usual"),
-        real("bad_exponent", bad_exponent, 0, 10, "1 is usual"),
+        real("scale", scale, 1e-3, 10, "0.8 is usual"),
+        real("exponent", exponent, 0, 10, "1.25 is usual"),
+        real("bad_exponent", bad_exponent, 0, 10, "0.9 is usual"),
         real("min_bandwidth", min_bandwidth, 1e-4, 1, "0.01 is usual"),
         real("prior_weight", prior_weight, 1e-6, 1e6, "1 is usual"),
-        real("smoothing", smoothing, 1e-6, 1e6, "1 is usual"),
+        real("smoothing", smoothing, 1e-6, 1e6, "0.5 is usual"),
     )
     settings = Settings(*(jnp.asarray(value, working_dtype()) for value in values))
     rules = Rules(split, weighting, bandwidth, bool(multivariate), bool(magic_clip))

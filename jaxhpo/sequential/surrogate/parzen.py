@@ -27,6 +27,7 @@ from jaxhpo.space import Space
 
 FEW = 16
 TINY = 1e-30
+ROOT_2 = 2**0.5
 LOG_ROOT = 0.5 * float(np.log(2 * np.pi))
 
 
@@ -63,11 +64,17 @@ def layout(space: Space) -> Layout:
     return Layout(as_index(np.flatnonzero(~has_table)), as_index(np.repeat(dims, space.levels[dims])), level)
 
 
+def columns(x: jax.Array, index: np.ndarray) -> jax.Array:
+    """x[:, index], as a slice where that does: XLA gathers one by one."""
+    whole = index.size == x.shape[1] and np.array_equal(index, np.arange(x.shape[1]))
+    return x if whole else x[:, index]
+
+
 def cells(space: Space, unit: jax.Array) -> jax.Array:
-    """Width of the level that a point is in, 0 in real dims: float[..., dims] for float[..., dims]."""
+    """Width of the level that a point is in, 0 in real dims: float[n, dims], or [1, dims] where all are real."""
     has_levels = np.flatnonzero(space.levels)
     if not has_levels.size:
-        return jnp.zeros_like(unit)
+        return jnp.zeros((1, space.dims), unit.dtype)
     level = space.level(unit)
     width = space.middle(level + 0.5) - space.middle(level - 0.5)
     return jnp.zeros_like(unit).at[..., has_levels].set(width)
@@ -87,10 +94,14 @@ def log_mass(low: jax.Array, high: jax.Array) -> jax.Array:
 
 
 class Features(NamedTuple):
-    """What the logarithm of a kernel is linear in."""
+    """What the logarithm of a kernel is linear in, and its coefficients."""
 
-    powers: jax.Array
-    """float[points, smooth dims, 3]: the coordinate's powers 2, 1, 0 where it is live, else 0"""
+    squares: jax.Array
+    """float[points, smooth dims]: the coordinate's square where it is live, else 0"""
+    values: jax.Array
+    """float[points, smooth dims]: itself"""
+    ones: jax.Array
+    """float[points, smooth dims]: 1"""
     levels: jax.Array
     """float[points, entries]: 1 at the levels of a point where they are live"""
 
@@ -98,35 +109,41 @@ class Features(NamedTuple):
 def features(space: Space, unit: jax.Array, live: jax.Array) -> Features:
     """The features of points: of float[points, dims], live in bool[points, dims]."""
     at = layout(space)
-    z = unit[:, at.smooth] - 0.5
-    powers = jnp.stack([z * z, z, jnp.ones_like(z)], -1) * live[:, at.smooth][..., None]
-    if not at.dim.size:
-        return Features(powers, jnp.zeros((unit.shape[0], 0), unit.dtype))
-    own = _entries(space, unit) == at.level
-    return Features(powers, (own & live[:, at.dim]).astype(unit.dtype))
+    z, ones = columns(unit, at.smooth) - 0.5, columns(live, at.smooth).astype(unit.dtype)
+    levels = jnp.zeros((unit.shape[0], 0), unit.dtype)
+    if at.dim.size:
+        levels = ((_entries(space, unit) == at.level) & columns(live, at.dim)).astype(unit.dtype)
+    return Features(z * z * ones, z * ones, ones, levels)
 
 
 def coefficients(space: Space, mixture: Mixture) -> Features:
-    """The coefficients of the features for every kernel of a mixture; of levels: logarithms of relative masses."""
+    """The coefficients of the features for every kernel of a mixture; of levels: logarithms of relative masses.
+
+    Where all kernels of a dim have the same ones, they may be given once: [1, ...].
+    """
     at, dtype = layout(space), mixture.unit.dtype
     unit, live = mixture.unit, mixture.live
-    bandwidth = jnp.broadcast_to(mixture.bandwidth, unit.shape)
-    mean, width = unit[:, at.smooth], bandwidth[:, at.smooth]
-    total = ndtr((1 - mean) / width) - ndtr(-mean / width)
-    z, precision = mean - 0.5, 1 / width**2
-    constant = -0.5 * z * z * precision - jnp.log(width * total) - LOG_ROOT
-    powers = jnp.stack([-0.5 * precision, z * precision, constant], -1) * live[:, at.smooth][..., None]
+    mean, width = columns(unit, at.smooth), columns(mixture.bandwidth, at.smooth)
+    inverse = 1 / width
+    # With erf, several times cheaper than ndtr: the point is inside of the bounds, so there is no tail.
+    share, z = inverse / ROOT_2, mean - 0.5
+    total = 0.5 * (lax.erf((1 - mean) * share) + lax.erf(mean * share))
+    squares, values = -0.5 * inverse**2, z * inverse**2
+    ones = jnp.log(inverse) - LOG_ROOT - 0.5 * z * values - jnp.log(total)
+    if space.nesting:
+        squares, values, ones = (jnp.where(columns(live, at.smooth), x, 0) for x in (squares, values, ones))
     if not at.dim.size:
-        return Features(powers, jnp.zeros((unit.shape[0], 0), dtype))
+        return Features(squares, values, ones, jnp.zeros((unit.shape[0], 0), dtype))
+    bandwidth = jnp.broadcast_to(mixture.bandwidth, unit.shape)
     number = jnp.asarray(space.levels[at.dim], dtype)
-    mean, width = unit[:, at.dim], bandwidth[:, at.dim]
+    mean, width = columns(unit, at.dim), columns(bandwidth, at.dim)
     own = _entries(space, unit) == at.level
     option = jnp.log(jnp.maximum(width + jnp.where(own, (1 - width) * number, 0), TINY))
     low, high = _edges(space)
     total = log_mass(-mean / width, (1 - mean) / width)
     ordered = log_mass((low - mean) / width, (high - mean) / width) - total - jnp.log(high - low)
     table = jnp.where(jnp.asarray(space.categorical[at.dim]), option, ordered)
-    return Features(powers, table * live[:, at.dim])
+    return Features(squares, values, ones, table * columns(live, at.dim))
 
 
 def _entries(space: Space, unit: jax.Array) -> jax.Array:
@@ -144,16 +161,16 @@ def _edges(space: Space) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(bounds[at.level, column], 0), jnp.minimum(bounds[at.level + 1, column], 1)
 
 
-def log_kernels(a: Features, b: Features) -> jax.Array:
+def log_kernels(space: Space, a: Features, b: Features) -> jax.Array:
     """The logarithm of every kernel at every point: float[points, kernels] of features and coefficients."""
-    flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
-    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    found = product(flat(a.powers), flat(b.powers).T)
-    return found + product(a.levels, b.levels.T) if a.levels.shape[1] else found
+    product = lambda x, y: jnp.matmul(x, y.T, precision=lax.Precision.HIGHEST)  # noqa: E731
+    constant = product(a.ones, b.ones) if space.nesting else b.ones.sum(1)
+    found = product(a.squares, b.squares) + product(a.values, b.values) + constant
+    return found + product(a.levels, b.levels) if a.levels.shape[1] else found
 
 
 def log_sum(kernels: jax.Array, weight: jax.Array, prior: jax.Array) -> jax.Array:
-    """The logarithm of a mixture, up to the sum of its weights.
+    """The logarithm of a mixture, normalised.
 
     Args:
       kernels: float[points, n], their logarithms.
@@ -163,15 +180,17 @@ def log_sum(kernels: jax.Array, weight: jax.Array, prior: jax.Array) -> jax.Arra
     Returns:
       float[points].
     """
-    top = jnp.where(weight > 0, kernels, -jnp.inf).max(1)
-    top = jnp.where(prior > 0, jnp.maximum(top, 0), jnp.maximum(top, jnp.log(jnp.asarray(TINY, top.dtype))))
-    return top + jnp.log((weight * jnp.exp(jnp.minimum(kernels - top[:, None], 0))).sum(1) + prior * jnp.exp(-top))
+    least = jnp.log(jnp.asarray(TINY, kernels.dtype))
+    # A weight is added to its logarithm, and the sum is a product, because that is what XLA vectorises.
+    weighted = kernels + jnp.where(weight > 0, jnp.log(jnp.maximum(weight, TINY)), -jnp.inf)
+    top = jnp.maximum(weighted.max(1), jnp.maximum(jnp.log(prior), least))
+    total = jnp.exp(weighted - top[:, None]) @ jnp.ones(weight.shape, kernels.dtype) + prior * jnp.exp(-top)
+    return top + jnp.log(total) - jnp.log(weight.sum() + prior)
 
 
 def log_density(space: Space, points: Features, mixture: Mixture) -> jax.Array:
     """The logarithm of a mixture of kernels over all dims: float[points, 1]."""
-    kernels = log_kernels(points, coefficients(space, mixture))
-    return (log_sum(kernels, mixture.weight, mixture.prior) - jnp.log(mixture.weight.sum() + mixture.prior))[:, None]
+    return log_sum(log_kernels(space, points, coefficients(space, mixture)), mixture.weight, mixture.prior)[:, None]
 
 
 def log_densities(space: Space, points: Features, mixture: Mixture) -> jax.Array:
@@ -182,12 +201,16 @@ def log_densities(space: Space, points: Features, mixture: Mixture) -> jax.Array
     def one(arguments: tuple[jax.Array, ...]) -> jax.Array:
         point, kernel, weight = arguments
         kernels = jnp.matmul(point, kernel.T, precision=lax.Precision.HIGHEST)
-        return log_sum(kernels, weight, mixture.prior) - jnp.log(weight.sum() + mixture.prior)
+        return log_sum(kernels, weight, mixture.prior)
 
     has_table = np.unique(at.dim)
     # One dim after the other: all at once would be as much memory as dims times points times kernels.
     first = lambda x: jnp.moveaxis(x, 1, 0)  # noqa: E731
-    found = [lax.map(one, (first(points.powers), first(by_kernel.powers), weight[at.smooth]))]
+
+    def quadratic(x: Features) -> jax.Array:
+        return first(jnp.stack(jnp.broadcast_arrays(x.squares, x.values, x.ones), -1))
+
+    found = [lax.map(one, (quadratic(points), quadratic(by_kernel), weight[at.smooth]))]
     if has_table.size:
         entry = [np.flatnonzero(at.dim == d) for d in has_table]
         column = np.full((has_table.size, max(map(len, entry))), at.dim.size)
