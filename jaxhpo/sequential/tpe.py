@@ -233,7 +233,10 @@ def in_pool(space: Space, rules: Rules, unit: jax.Array, good: Mixture, bad: Mix
         found = [log_densities(space, point, mixture) for mixture in (good, bad)]
         # Every dim chooses by itself: the best values of all dims are a point, the second best are one, ...
         order = jnp.argsort(found[1] - found[0], axis=0)
-        unit, *found = (jnp.take_along_axis(x, order, 0) for x in (unit, *found))
+        best = [jnp.take_along_axis(x, order, 0) for x in (unit, *found)]
+        # Where points can be repeated, those that were sampled stay too: the best values may all have been together.
+        both = [jnp.concatenate(x) for x in zip(best, (unit, *found), strict=True)] if space.levels.all() else best
+        unit, found = both[0], both[1:]
         live = space.active(unit)
     repeated = jnp.zeros(unit.shape[0], bool)
     if space.levels.all():
@@ -251,7 +254,7 @@ def choose(space: Space, rules: Rules, pool: Pool, width: jax.Array, total: jax.
       rules: static.
       pool: to choose from.
       width: float[1, dims], the bandwidth of what was chosen.
-      total: float[], the sum of the weights of the bad density.
+      total: float[] or float[dims], the sum of the weights of the bad density.
       batch: how many.
 
     Returns:
@@ -275,7 +278,10 @@ def choose(space: Space, rules: Rules, pool: Pool, width: jax.Array, total: jax.
         chosen = Mixture(
             pool.unit[best][None], live[best][None], width, jnp.ones(1, bad.dtype), jnp.zeros((), bad.dtype)
         )
-        kernel = (log_density if rules.multivariate else log_densities)(space, point, chosen)
+        if rules.multivariate:
+            kernel = log_density(space, point, chosen)
+        else:
+            kernel = jnp.where(live[best], log_densities(space, point, chosen), -jnp.inf)
         return (jnp.logaddexp(bad, kernel - jnp.log(total)), repeated | again), pool.unit[best]
 
     return lax.scan(pick, (pool.bad, pool.repeated), length=batch)[1]
@@ -306,7 +312,8 @@ def propose(
             unit = jnp.concatenate([unit, *elsewhere(space, key_move, unit, UNTRIED + batch)])
     pool = in_pool(space, rules, unit, good, bad, is_told)
     width = jnp.min(jnp.where(is_told[:, None], bad.bandwidth, 1), axis=0, keepdims=True)
-    return choose(space, rules, pool, width, bad.weight.sum() + bad.prior, batch)
+    total = bad.weight.sum() if rules.multivariate else bad.weight @ bad.live
+    return choose(space, rules, pool, width, total + bad.prior, batch)
 
 
 def elsewhere(space: Space, key: jax.Array, unit: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
