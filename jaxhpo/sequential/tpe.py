@@ -164,53 +164,88 @@ def all_points(space: Space) -> jax.Array | None:
     return space.middle(jnp.asarray(grid, jnp.int32))
 
 
-def mixtures(
-    space: Space, rules: Rules, settings: Settings, told: History, waiting: jax.Array, is_waiting: jax.Array
-) -> tuple[Mixture, Mixture]:
-    """The estimators of good and bad points.
+class Best(NamedTuple):
+    """The best trials, the best one first: at most 25."""
+
+    unit: jax.Array
+    """float[25, dims], levels in their middles"""
+    row: jax.Array
+    """i32[25]: of the record"""
+    is_good: jax.Array
+    """bool[25]: whether it counts as good"""
+    weight: jax.Array
+    """float[25]: 0 where it does not"""
+
+
+def best_of(told: History, settings: Settings, *, space: Space, rules: Rules) -> Best:
+    """The best trials of a record."""
+    number = number_of_good(rules.split, settings.gamma, told.succeeded.sum())
+    best, row = lax.top_k(-told.losses, MOST_GOOD + 1)
+    is_good = (jnp.arange(MOST_GOOD) < number) & jnp.isfinite(best[:-1])
+    row = row[:-1]
+    return Best(snapped(space, told.unit[row]), row, is_good, good_weights(rules.weighting, -best, number))
+
+
+def widths(
+    space: Space,
+    rules: Rules,
+    settings: Settings,
+    unit: jax.Array,
+    wished: jax.Array,
+    n: jax.Array,
+    exponent: jax.Array,
+) -> jax.Array:
+    """Bandwidths within their bounds, those of categoricals by the number of points n: float[n or 1, dims]."""
+    least = settings.min_bandwidth
+    if rules.magic_clip:
+        least = jnp.maximum(least, (n + 2.0) ** -exponent)
+    least = jnp.maximum(least, HALF_A_LEVEL * cells(space, unit))
+    return jnp.where(space.categorical, options_share(space, settings.smoothing, n), jnp.clip(wished, least, 1))
+
+
+def good_mixture(space: Space, rules: Rules, settings: Settings, best: Best) -> Mixture:
+    """The estimator of good points."""
+    live = space.active(best.unit)
+    known = live & best.is_good[:, None]
+    if rules.bandwidth == "neighbour":
+        wished = neighbours(best.unit, known)
+    else:
+        wished = spread(rules.bandwidth, best.unit, known, best.weight)
+    n = best.is_good.sum()
+    width = widths(space, rules, settings, best.unit, settings.scale * wished, n, settings.exponent)
+    return Mixture(best.unit, live, width, best.weight, settings.prior_weight)
+
+
+def bad_mixture(
+    space: Space,
+    rules: Rules,
+    settings: Settings,
+    told: History,
+    best: Best,
+    waiting: jax.Array,
+    is_waiting: jax.Array,
+) -> Mixture:
+    """The estimator of bad points: of all that were tried, where those that are good have weight 0.
 
     Args:
       space: whose points they are.
       rules: static.
       settings: traced.
       told: the record; failed trials are bad.
-      waiting: float[m, dims], points that are asked for and not told: bad ones.
+      best: its best trials.
+      waiting: float[m, dims], points that are asked for and not told.
       is_waiting: bool[m], which rows of it there are.
-
-    Returns:
-      Of the best trials, at most 25, and of all rows, those that are good with weight 0.
     """
-    rows = told.losses.shape[0]
-    number = number_of_good(rules.split, settings.gamma, told.succeeded.sum())
-    best, at = lax.top_k(-told.losses, min(MOST_GOOD + 1, rows))
-    at = at[:MOST_GOOD]
-    weight = good_weights(rules.weighting, -best, number)
-    is_good = weight > 0
-    all_unit = snapped(space, jnp.concatenate([told.unit, waiting]))
-    live = space.active(all_unit)
-    is_bad = jnp.concatenate([told.mask, is_waiting])
-    is_bad = is_bad.at[at].set(is_bad[at] & ~((jnp.arange(at.size) < number) & jnp.isfinite(best[: at.size])))
-    bad_weight = decay(is_bad) if rules.weighting == "decay" else is_bad.astype(weight.dtype)
-
-    def bandwidth(unit: jax.Array, wished: jax.Array, n: jax.Array, exponent: jax.Array) -> jax.Array:
-        least = settings.min_bandwidth
-        if rules.magic_clip:
-            least = jnp.maximum(least, (n + 2.0) ** -exponent)
-        least = jnp.maximum(least, HALF_A_LEVEL * cells(space, unit))
-        return jnp.where(space.categorical, options_share(space, settings.smoothing, n), jnp.clip(wished, least, 1))
-
-    unit, known = all_unit[at], live[at] & is_good[:, None]
+    unit = snapped(space, jnp.concatenate([told.unit, waiting]))
+    live = space.active(unit)
+    is_bad = jnp.concatenate([told.mask.at[best.row].set(told.mask[best.row] & ~best.is_good), is_waiting])
+    weight = decay(is_bad) if rules.weighting == "decay" else is_bad.astype(unit.dtype)
     if rules.bandwidth == "neighbour":
-        wished, bad_wished = neighbours(unit, known), jnp.zeros((1, space.dims), unit.dtype)
+        wished = jnp.zeros((1, space.dims), unit.dtype)
     else:
-        wished = spread(rules.bandwidth, unit, known, weight)
-        bad_wished = spread(rules.bandwidth, all_unit, live & is_bad[:, None], bad_weight)
-    width = bandwidth(unit, settings.scale * wished, is_good.sum(), settings.exponent)
-    bad_width = bandwidth(all_unit, bad_wished, is_bad.sum(), settings.bad_exponent)
-    return (
-        Mixture(unit, live[at], width, weight, settings.prior_weight),
-        Mixture(all_unit, live, bad_width, bad_weight, settings.prior_weight),
-    )
+        wished = spread(rules.bandwidth, unit, live & is_bad[:, None], weight)
+    width = widths(space, rules, settings, unit, wished, is_bad.sum(), settings.bad_exponent)
+    return Mixture(unit, live, width, weight, settings.prior_weight)
 
 
 def in_pool(space: Space, rules: Rules, unit: jax.Array, good: Mixture, bad: Mixture, told: jax.Array) -> Pool:
@@ -287,6 +322,26 @@ def choose(space: Space, rules: Rules, pool: Pool, width: jax.Array, total: jax.
     return lax.scan(pick, (pool.bad, pool.repeated), length=batch)[1]
 
 
+def judge(
+    told: History,
+    waiting: jax.Array,
+    is_waiting: jax.Array,
+    settings: Settings,
+    best: Best,
+    good: Mixture,
+    unit: jax.Array,
+    *,
+    space: Space,
+    rules: Rules,
+) -> tuple[Pool, jax.Array, jax.Array]:
+    """Points with their densities, and the bandwidth and the sum of weights with which `choose` goes on."""
+    bad = bad_mixture(space, rules, settings, told, best, waiting, is_waiting)
+    is_told = jnp.concatenate([told.mask, is_waiting])
+    width = jnp.min(jnp.where(is_told[:, None], bad.bandwidth, 1), axis=0, keepdims=True)
+    total = bad.weight.sum() if rules.multivariate else bad.weight @ bad.live
+    return in_pool(space, rules, unit, good, bad, is_told), width, total + bad.prior
+
+
 def propose(
     told: History,
     waiting: jax.Array,
@@ -300,9 +355,10 @@ def propose(
     batch: int,
 ) -> jax.Array:
     """The points that are asked next: float[batch, dims]."""
-    good, bad = mixtures(space, rules, settings, told, waiting, is_waiting)
-    is_told = jnp.concatenate([told.mask, is_waiting])
-    unit = all_points(space)
+    # What depends on the size of the record is all that is compiled for each size.
+    on_bucket = functools.partial(records.on_bucket, growth=GROWTH)
+    best = on_bucket(functools.partial(best_of, space=space, rules=rules), told, settings)
+    good, unit = good_mixture(space, rules, settings, best), all_points(space)
     if unit is None:
         size = candidates * batch
         key_unit, key_which, key_move = jax.random.split(key, 3)
@@ -310,10 +366,9 @@ def propose(
         unit = sample(space, good, uniform(bits(key_unit, (size, space.dims))), which)
         if space.levels.all():
             unit = jnp.concatenate([unit, *elsewhere(space, key_move, unit, UNTRIED + batch)])
-    pool = in_pool(space, rules, unit, good, bad, is_told)
-    width = jnp.min(jnp.where(is_told[:, None], bad.bandwidth, 1), axis=0, keepdims=True)
-    total = bad.weight.sum() if rules.multivariate else bad.weight @ bad.live
-    return choose(space, rules, pool, width, total + bad.prior, batch)
+    judged = functools.partial(judge, space=space, rules=rules)
+    pool, width, total = on_bucket(judged, told, waiting, is_waiting, settings, best, good, unit)
+    return choose(space, rules, pool, width, total, batch)
 
 
 def elsewhere(space: Space, key: jax.Array, unit: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -374,7 +429,7 @@ def _functions(
             )
 
         def learn(key: jax.Array) -> jax.Array:
-            return records.on_bucket(model, state.history, waiting, is_waiting, key, state.settings, growth=GROWTH)
+            return model(state.history, waiting, is_waiting, key, state.settings)
 
         # Both are counts: under `vmap` the predicate is not batched, and this stays a branch.
         begins = jnp.maximum(asked, state.history.count.value) < startup

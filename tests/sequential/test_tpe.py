@@ -12,10 +12,12 @@ from jaxhpo.sequential.tpe import (
     MOST_GOOD,
     Rules,
     all_points,
+    bad_mixture,
+    best_of,
     decay,
     fingerprints,
+    good_mixture,
     good_weights,
-    mixtures,
     number_of_good,
     propose,
 )
@@ -38,7 +40,9 @@ def settings(**changes):
 
 def estimators(told, waiting=NOTHING, space=REAL, **rules):
     numbers = {k: rules.pop(k) for k in list(rules) if k not in DEFAULT}
-    return mixtures(space, Rules(**{**DEFAULT, **rules}), settings(**numbers), told, *waiting)
+    space_rules = space, Rules(**{**DEFAULT, **rules}), settings(**numbers)
+    best = best_of(told, space_rules[2], space=space, rules=space_rules[1])
+    return good_mixture(*space_rules, best), bad_mixture(*space_rules, told, best, *waiting)
 
 
 def play(method, rounds, loss, seed=0):
