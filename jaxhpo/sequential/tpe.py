@@ -467,7 +467,59 @@ def tpe(
     smoothing: float = 0.5,
     multivariate: bool = True,
 ) -> Method:
-    """The tree-structured Parzen estimator."""
+    """The tree-structured Parzen estimator: the next trial is where good points are dense and bad ones are not.
+
+    The best trials, at most 25, are good and all others bad, also those that failed and those that are pending. Each
+    set is a mixture of kernels over all dims around its points, with a uniform component. Candidates are drawn from the
+    good one, and the one with the largest ratio of the densities is asked; it counts as bad when the next row of the
+    ask is chosen. A kernel knows only the branches that its trial ran, and is uniform in the others.
+
+    By default, the weight of a good point falls with its rank, and its bandwidth in a dim is 0.8 of the larger distance
+    to its neighbours among the good ones, but at least (n + 2)^-1.25 of the range for n good points. Bad points have
+    the bandwidth (n + 2)^-0.9, so they keep trials apart and push them only gently. The first trials are a Latin
+    hypercube. Where all dims have levels, no point is asked twice while the pool holds another: all points where there
+    are at most 256, else the candidates, their neighbours and uniform points.
+
+    Args:
+      space: a pytree of parameters, or a `Space`.
+      batch: trials per ask.
+      startup: trials before the model is used, rounded up to whole asks; results that are told before count.
+      candidates: points drawn for each row of an ask, at least 1.
+      split: how many of n trials are good: "linear" gamma * n, "sqrt" gamma * sqrt(n), rounded up.
+      gamma: as `split` says, in [0.001, 10]; 0.1 is usual for "linear", 0.75 for "sqrt".
+      weighting: "rank" falls linearly with the rank of a good point, "improvement" is by how far its loss is below that
+        of the best bad one, "uniform" is the same for all, "decay" is that too, but bad points that are older than the
+        last 25 weigh less.
+      bandwidth: "neighbour" by the distances between good points, with the least bandwidth for bad ones; "scott" by the
+        standard deviation of the set, "dimensions" a fifth of the range, both times n^(-1 / (dims + 4)).
+      scale: factor of the bandwidths of good points, in [0.001, 10].
+      magic_clip: whether a bandwidth is at least (n + 2)^-exponent for the n points of its set.
+      exponent: that of good points, in [0, 10].
+      bad_exponent: that of bad points, in [0, 10].
+      min_bandwidth: least bandwidth, as a share of the range, in [0.0001, 1].
+      prior_weight: weight of the uniform component, in points, positive.
+      smoothing: weight of each option of a categorical, in points, shared by all kernels of a set, positive.
+      multivariate: whether kernels are over all dims; if not, every dim is modelled and chosen by itself.
+
+    Returns:
+      A `Method` whose settings are gamma, scale, exponent, bad_exponent, min_bandwidth, prior_weight and smoothing.
+
+    Raises:
+      ValueError, TypeError: an argument is out of its range.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> space = {"lr": hpo.Float(1e-5, 1.0, log=True), "act": hpo.Categorical(("relu", "gelu"))}
+      >>> objective = lambda key, h: (jax.numpy.log10(h["lr"]) + 3) ** 2 + (h["act"] == 0)
+      >>> result = hpo.minimize(objective, hpo.tpe(space), key=jax.random.key(0), trials=60, progress=False)
+      >>> result.best_loss < 0.01, result.best_hparams["act"]
+      (True, 'gelu')
+
+    Reference:
+      Bergstra, Bardenet, Bengio and Kégl (2011), Algorithms for hyper-parameter optimization. Watanabe (2023),
+      Tree-structured Parzen estimator: understanding its algorithm components and their roles for better empirical
+      performance.
+    """
     space, batch = Space.of(space), whole("batch", batch, 1)
     startup, candidates = whole("startup", startup, 0), whole("candidates", candidates, 1)
     one_of("split", split, SPLITS)
