@@ -1,5 +1,7 @@
 """The tree-structured Parzen estimator: its parts in numbers, and what it asks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,11 +40,15 @@ def settings(**changes):
     return hpo.tpe(REAL, **changes).settings
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def both(space, rules, numbers, told, waiting):
+    best = best_of(told, numbers, space=space, rules=rules)
+    return good_mixture(space, rules, numbers, best), bad_mixture(space, rules, numbers, told, best, *waiting)
+
+
 def estimators(told, waiting=NOTHING, space=REAL, **rules):
     numbers = {k: rules.pop(k) for k in list(rules) if k not in DEFAULT}
-    space_rules = space, Rules(**{**DEFAULT, **rules}), settings(**numbers)
-    best = best_of(told, space_rules[2], space=space, rules=space_rules[1])
-    return good_mixture(*space_rules, best), bad_mixture(*space_rules, told, best, *waiting)
+    return both(space, Rules(**{**DEFAULT, **rules}), settings(**numbers), told, waiting)
 
 
 def play(method, rounds, loss, seed=0):
