@@ -15,7 +15,7 @@ from jaxhpo.trainable import Trainable
 from jaxhpo.bandit import hyperband, successive_halving
 from jaxhpo.exhaustive import grid
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm
-from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei
+from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
 from jaxhpo.stochastic import annealing, quasirandom, random
 
 # Running a study.
@@ -66,6 +66,7 @@ __all__ = [
     "select_optimizer",
     "study",
     "successive_halving",
+    "tpe",
     "trial_keys",
     "unroll",
 ]
