@@ -14,8 +14,10 @@ from quality import load_suite, record
 import jaxhpo as hpo
 
 METHODS = {
-    "random": lambda space, batch: hpo.random(space, batch=batch),
     "tpe": lambda space, batch: hpo.tpe(space, batch=batch),
+    "gp_ei": lambda space, batch: hpo.gp_ei(space, batch=batch),
+    "forest": lambda space, batch: hpo.bayesian(space, surrogate="forest", batch=batch),
+    "random": lambda space, batch: hpo.random(space, batch=batch),
 }
 
 

@@ -1,7 +1,5 @@
 """Which points were tried already: compared by a hash of what they decode to, and all points of a small space."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,18 +7,19 @@ from jax import lax
 
 from jaxhpo.draws import scramble
 from jaxhpo.space import Space
+from jaxhpo.variation import snapped
 
 
-def everything(space: Space, most: int) -> np.ndarray | None:
+def everything(space: Space, most: int) -> jax.Array | None:
     """All points of a space without real dims, one for each combination of levels, if there are at most `most`.
 
     Returns:
       float[points, dims], the middles of the levels, or `None`.
     """
-    if (space.levels == 0).any() or np.prod(space.levels.astype(float)) > most:
+    if not space.levels.all() or np.prod(space.levels, dtype=float) > most:
         return None
-    combinations = np.array(list(itertools.product(*map(range, space.levels))))
-    return np.asarray((combinations + 0.5) / space.levels)
+    combinations = np.stack(np.meshgrid(*map(np.arange, space.levels), indexing="ij"), -1)
+    return space.middle(jnp.asarray(combinations.reshape(-1, space.dims), jnp.int32))
 
 
 def canonical(space: Space, unit: jax.Array, unused: float = -1.0) -> jax.Array:
@@ -34,9 +33,7 @@ def canonical(space: Space, unit: jax.Array, unused: float = -1.0) -> jax.Array:
     Returns:
       float[..., dims]: levels in their middle.
     """
-    has_levels = np.flatnonzero(space.levels)
-    if has_levels.size:
-        unit = unit.at[..., has_levels].set(space.middle(space.level(unit)).astype(unit.dtype))
+    unit = snapped(space, unit)
     return jnp.where(space.active(unit), unit, unused) if space.nesting else unit
 
 

@@ -30,6 +30,14 @@ def levels(space: Space, unit: jax.Array) -> jax.Array:
     return jnp.zeros(unit.shape, jnp.int32).at[..., has_levels].set(space.level(unit))
 
 
+def snapped(space: Space, unit: jax.Array) -> jax.Array:
+    """Points with their levels in the middle: float[..., dims]."""
+    has_levels = np.flatnonzero(space.levels)
+    if not has_levels.size:
+        return unit
+    return unit.at[..., has_levels].set(space.middle(space.level(unit)).astype(unit.dtype))
+
+
 def with_subtrees(space: Space, take: jax.Array, mine: jax.Array, yours: jax.Array) -> jax.Array:
     """Which coordinates a child takes from its second parent, where a `OneOf` carries its subtree along.
 

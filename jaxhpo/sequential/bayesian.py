@@ -33,6 +33,7 @@ SURROGATES = ("gp", "forest")
 THOMPSON = "thompson"
 LEADERS = 8
 ENUMERATED = 1024
+OTHERS = 16
 GROWN_AT_ONCE = 64
 
 
@@ -71,6 +72,11 @@ class Tried(NamedTuple):
         """Which of u32[m] are among them."""
         return among(code, self.code, self.mask)
 
+    def add(self, turn: jax.Array, code: jax.Array) -> "Tried":
+        """With one more, u32[], in the row i32[], counted from the end."""
+        at = self.code.shape[0] + turn
+        return Tried(self.code.at[at].set(code), self.mask.at[at].set(True))
+
 
 @functools.lru_cache(maxsize=256)
 def _functions(
@@ -78,9 +84,7 @@ def _functions(
 ) -> tuple[Callable, Callable, Callable, Callable]:
     samples = acquisition == THOMPSON
     score = ACQUISITIONS["ucb" if samples else acquisition]
-    points = everything(space, ENUMERATED)
-    # Of a space with real dims, the shortlist alone is compared with what was tried.
-    compares_all = samples or bool((space.levels > 0).all())
+    is_finite = bool(space.levels.all())
     designed = -(-startup // batch) * batch
     # Thompson's draws are independent: nothing has to be known of the other rows of an ask.
     fantasies = 0 if batch == 1 or samples else batch
@@ -96,6 +100,15 @@ def _functions(
             asked=count(),
         )
 
+    def tried_of(history: History, rows: int | None, pending: Trials | None) -> Tried:
+        """What the first rows of a history hold, or all, and what is pending; with room for an ask."""
+        units, masks = [history.unit[:rows, : space.dims]], [history.mask[:rows]]
+        if pending is not None:
+            units, masks = [*units, pending.unit], [*masks, pending.active]
+        none = jnp.zeros(batch, jnp.uint32)
+        codes = [fingerprints(space, unit) for unit in units]
+        return Tried(jnp.concatenate([*codes, none]), jnp.concatenate([*masks, none > 0]))
+
     def expect(
         key: jax.Array, state: State, level: int, normal: jax.Array, pending: Trials | None
     ) -> tuple[PyTree, PyTree, Tried]:
@@ -106,8 +119,7 @@ def _functions(
         parts = key, state.settings.surrogate, state.model, state.history, level, newest, room
         model, posterior = surrogate.observe(*parts)
         is_last = level == len(surrogate.plans(state.history.losses.shape[0])) - 1
-        rows = slice(None) if is_last else slice(plan.rows)
-        tried = Tried(fingerprints(space, state.history.unit[rows, : space.dims]), state.history.mask[rows])
+        tried = tried_of(state.history, None if is_last else plan.rows, pending)
         if pending is not None:
 
             def wait(posterior: PyTree, row: tuple) -> tuple[PyTree, None]:
@@ -115,10 +127,7 @@ def _functions(
 
             turns = jnp.arange(-room, -fantasies)
             posterior, _ = lax.scan(wait, posterior, (turns, pending.unit, normal[batch:], pending.active))
-            tried = jax.tree.map(
-                lambda *parts: jnp.concatenate(parts), tried, Tried(fingerprints(space, pending.unit), pending.active)
-            )
-        return model, posterior, Tried(*(jnp.pad(x, (0, batch)) for x in tried))
+        return model, posterior, tried
 
     def propose(level: int, key: jax.Array, state: State, pending: Trials | None) -> tuple[jax.Array, PyTree]:
         history, waiting = state.history, 0 if pending is None else pending.unit.shape[0]
@@ -129,12 +138,14 @@ def _functions(
         normal = normal.reshape(-1, plan.members)
         model, posterior, tried = expect(key_model, state, level, normal, pending)
 
+        points = everything(space, ENUMERATED)
         if points is None:
             best = lax.top_k(-jnp.where(history.mask, history.losses, jnp.inf), LEADERS)[1]
             pool = proposal.candidates(key_pool, space, history.unit[best, : space.dims], plan.candidates)
         else:
-            pool = jnp.asarray(points, history.unit.dtype)
-        codes = fingerprints(space, pool) if compares_all else None
+            pool = points.astype(history.unit.dtype)
+        # In a space with real dims the shortlist alone is compared with what was tried.
+        codes = fingerprints(space, pool) if is_finite or samples else None
 
         def worth(posterior: PyTree, prediction: Prediction) -> jax.Array:
             std = surrogate.std(posterior, prediction.variance)
@@ -169,8 +180,7 @@ def _functions(
                 values = jnp.where(again & ~again.all(), -jnp.inf, values)
             choice, values = shortlist(posterior, values, seed, tried)
             chosen = choice[jnp.argmax(values)]
-            at = tried.code.shape[0] + turn
-            tried = Tried(tried.code.at[at].set(fingerprints(space, chosen)), tried.mask.at[at].set(True))
+            tried = tried.add(turn, fingerprints(space, chosen))
             if fantasies:
                 posterior, link = surrogate.fantasize(posterior, turn, chosen, normal, jnp.ones((), bool))
                 prediction = surrogate.updated(posterior, prediction, pool, link, turn)
@@ -187,8 +197,21 @@ def _functions(
         level = sum((told > size).astype(jnp.int32) for size in sizes[:-1])
 
         def begin() -> tuple[jax.Array, PyTree]:
-            first = jnp.minimum(asked, designed - batch)
-            return lax.dynamic_slice_in_dim(state.design, first, batch), state.model
+            design = lax.dynamic_slice_in_dim(state.design, jnp.minimum(asked, designed - batch), batch)
+            if not is_finite:
+                return design, state.model
+            others = everything(space, ENUMERATED)
+            others = space.sample(key, OTHERS + batch) if others is None else jax.random.permutation(key, others)
+
+            def pick(tried: Tried, row: tuple) -> tuple[Tried, jax.Array]:
+                turn, point = row
+                options = jnp.concatenate([point[None], others])
+                codes = fingerprints(space, options)
+                index = jnp.argmin(tried.has(codes))
+                return tried.add(turn, codes[index]), options[index]
+
+            rows = jnp.arange(-batch, 0), design
+            return lax.scan(pick, tried_of(state.history, None, pending), rows)[1], state.model
 
         # Results that are known make the design superfluous.
         is_design = (asked < designed) & (told < designed)
@@ -223,7 +246,7 @@ def bayesian(
     tail: float = 1.0,
     input_warping: bool = False,
     gradients: bool = False,
-    batch: int = 8,
+    batch: int = 1,
 ) -> Method:
     """Bayesian optimization, with the surrogate and the acquisition function by name.
 

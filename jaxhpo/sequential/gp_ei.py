@@ -17,7 +17,7 @@ def gp_ei(
     tail: float = 1.0,
     input_warping: bool = False,
     gradients: bool = False,
-    batch: int = 8,
+    batch: int = 1,
 ) -> Method:
     """Bayesian optimization with an ensemble of Gaussian processes and the logarithm of the expected improvement.
 

@@ -13,58 +13,35 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxhpo import history as records
 from jaxhpo.checks import one_of, real, whole
-from jaxhpo.draws import bits, scramble, uniform
+from jaxhpo.draws import bits, uniform
 from jaxhpo.history import History
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count
-from jaxhpo.sequential.surrogate.parzen import (
-    Mixture,
-    cells,
-    features,
-    log_densities,
-    log_density,
-    neighbours,
-    sample,
-    snapped,
-    spread,
+from jaxhpo.sequential.surrogate.parzen import Mixture, features, log_densities, log_density, sample
+from jaxhpo.sequential.surrogate.split import (
+    BANDWIDTHS,
+    HALF_A_LEVEL,
+    SPLITS,
+    WEIGHTINGS,
+    Best,
+    Rules,
+    Settings,
+    bad_mixture,
+    best_of,
+    good_mixture,
 )
 from jaxhpo.space import Space, working_dtype
-from jaxhpo.variation import another_level, latin_hypercube, one_dim
+from jaxhpo.untried import among, everything, fingerprints
+from jaxhpo.variation import another_level, latin_hypercube, one_dim, snapped
 
-SPLITS = ("linear", "sqrt")
-WEIGHTINGS = ("rank", "improvement", "uniform", "decay")
-BANDWIDTHS = ("neighbour", "scott", "dimensions")
-MOST_GOOD = 25
-RECENT = 25
 GROWTH = 2
 ENUMERATED = 256
 UNTRIED = 16
 REPEATED = 1e6
 FIRST = 1e3
-HALF_A_LEVEL = 0.5
-
-
-class Settings(NamedTuple):
-    """Numeric settings of the Parzen estimators; float[] each."""
-
-    gamma: jax.Array
-    """share of the trials that is good, or with split "sqrt" the factor of the root of their number"""
-    scale: jax.Array
-    """factor of the bandwidths of good points"""
-    exponent: jax.Array
-    """magic clipping: the bandwidth of good points is at least n^-exponent"""
-    bad_exponent: jax.Array
-    """the same of bad ones"""
-    min_bandwidth: jax.Array
-    """least bandwidth, as a share of the range"""
-    prior_weight: jax.Array
-    """weight of the uniform component, in points"""
-    smoothing: jax.Array
-    """weight of every option of a categorical in a kernel, in points"""
 
 
 class State(NamedTuple):
@@ -76,16 +53,6 @@ class State(NamedTuple):
     settings: Settings
     asked: Count
     """i32[]: trials asked for so far"""
-
-
-class Rules(NamedTuple):
-    """What chooses code."""
-
-    split: str
-    weighting: str
-    bandwidth: str
-    multivariate: bool
-    magic_clip: bool
 
 
 class Pool(NamedTuple):
@@ -101,151 +68,6 @@ class Pool(NamedTuple):
     """bool[points, 1 or dims]: which of them count"""
     repeated: jax.Array
     """bool[points]: whether it was tried or is being tried"""
-
-
-def number_of_good(split: str, gamma: jax.Array, n: jax.Array) -> jax.Array:
-    """How many of n trials are good, from 1 to 25: float[]."""
-    return jnp.clip(jnp.ceil(gamma * (n if split == "linear" else jnp.sqrt(n))), 1, MOST_GOOD)
-
-
-def good_weights(weighting: str, losses: jax.Array, number: jax.Array) -> jax.Array:
-    """Weights of the best trials, in their order, with a sum of their number.
-
-    Args:
-      weighting: "rank" falls linearly with the rank, "improvement" is by how far a loss is below that of the best bad
-        trial (the expected improvement of Song, Yu, Neiswanger and Ermon, 2022); the others are uniform.
-      losses: float[good + 1], the lowest losses, +inf where there are no more.
-      number: float[], how many are good.
-    """
-    rank = jnp.arange(losses.shape[0] - 1)
-    is_good = (rank < number) & jnp.isfinite(losses[:-1])
-    weight = is_good.astype(losses.dtype)
-    if weighting == "rank":
-        weight = jnp.where(is_good, 1 - rank / number, 0)
-    elif weighting == "improvement":
-        # Scaled first: the difference of two losses may be no number of the dtype.
-        finite = jnp.where(jnp.isfinite(losses), losses, losses[0])
-        scaled = finite / jnp.maximum(jnp.abs(finite).max(), jnp.finfo(losses.dtype).tiny)
-        known = jnp.isfinite(losses) & (jnp.arange(losses.shape[0]) <= number)
-        threshold = jnp.where(known, scaled, -jnp.inf).max()
-        gain = jnp.where(is_good, threshold - scaled[:-1], 0)
-        weight = jnp.where(gain.max() > 0, gain / jnp.where(gain.max() > 0, gain.max(), 1), weight)
-    total = weight.sum()
-    return weight * is_good.sum() / jnp.where(total > 0, total, 1)
-
-
-def decay(is_bad: jax.Array) -> jax.Array:
-    """Weights that fall linearly with age, to 1/n for the oldest of n, but not of the 25 most recent: float[n]."""
-    age = jnp.cumsum(is_bad[::-1])[::-1] - 1
-    n = is_bad.sum()
-    ramp = 1 / jnp.maximum(n, 1) + (1 - 1 / jnp.maximum(n, 1)) * (n - 1 - age) / jnp.maximum(n - RECENT - 1, 1)
-    return jnp.where(is_bad, jnp.where(age < RECENT, 1, ramp), 0.0)
-
-
-def options_share(space: Space, smoothing: jax.Array, n: jax.Array) -> jax.Array:
-    """The chance with which a kernel of a categorical is uniform, where all n kernels share the smoothing: [dims]."""
-    weight = jnp.maximum(jnp.asarray(space.levels, working_dtype()), 1) * smoothing / (n + 1)
-    return weight / (1 + weight)
-
-
-def fingerprints(space: Space, unit: jax.Array, live: jax.Array) -> jax.Array:
-    """Hashes of the levels of live dims: u32[points], equal for points that decode to the same."""
-    has_levels = np.flatnonzero(space.levels)
-    level = jnp.where(live[:, has_levels], space.level(unit) + 1, 0).astype(jnp.uint32)
-    place = scramble(jnp.arange(1, has_levels.size + 1, dtype=jnp.uint32))
-    return scramble(level + place).sum(1, dtype=jnp.uint32)
-
-
-def all_points(space: Space) -> jax.Array | None:
-    """Every point of a space of at most 256, float[points, dims]; None where there are more."""
-    if not space.levels.all() or np.prod(space.levels, dtype=float) > ENUMERATED:
-        return None
-    grid = np.stack(np.meshgrid(*map(np.arange, space.levels), indexing="ij"), -1).reshape(-1, space.dims)
-    return space.middle(jnp.asarray(grid, jnp.int32))
-
-
-class Best(NamedTuple):
-    """The best trials, the best one first: at most 25."""
-
-    unit: jax.Array
-    """float[25, dims], levels in their middles"""
-    row: jax.Array
-    """i32[25]: of the record"""
-    is_good: jax.Array
-    """bool[25]: whether it counts as good"""
-    weight: jax.Array
-    """float[25]: 0 where it does not"""
-
-
-def best_of(told: History, settings: Settings, *, space: Space, rules: Rules) -> Best:
-    """The best trials of a record."""
-    number = number_of_good(rules.split, settings.gamma, told.succeeded.sum())
-    best, row = lax.top_k(-told.losses, MOST_GOOD + 1)
-    is_good = (jnp.arange(MOST_GOOD) < number) & jnp.isfinite(best[:-1])
-    row = row[:-1]
-    return Best(snapped(space, told.unit[row]), row, is_good, good_weights(rules.weighting, -best, number))
-
-
-def widths(
-    space: Space,
-    rules: Rules,
-    settings: Settings,
-    unit: jax.Array,
-    wished: jax.Array,
-    n: jax.Array,
-    exponent: jax.Array,
-) -> jax.Array:
-    """Bandwidths within their bounds, those of categoricals by the number of points n: float[n or 1, dims]."""
-    least = settings.min_bandwidth
-    if rules.magic_clip:
-        least = jnp.maximum(least, (n + 2.0) ** -exponent)
-    least = jnp.maximum(least, HALF_A_LEVEL * cells(space, unit))
-    return jnp.where(space.categorical, options_share(space, settings.smoothing, n), jnp.clip(wished, least, 1))
-
-
-def good_mixture(space: Space, rules: Rules, settings: Settings, best: Best) -> Mixture:
-    """The estimator of good points."""
-    live = space.active(best.unit)
-    known = live & best.is_good[:, None]
-    if rules.bandwidth == "neighbour":
-        wished = neighbours(best.unit, known)
-    else:
-        wished = spread(rules.bandwidth, best.unit, known, best.weight)
-    n = best.is_good.sum()
-    width = widths(space, rules, settings, best.unit, settings.scale * wished, n, settings.exponent)
-    return Mixture(best.unit, live, width, best.weight, settings.prior_weight)
-
-
-def bad_mixture(
-    space: Space,
-    rules: Rules,
-    settings: Settings,
-    told: History,
-    best: Best,
-    waiting: jax.Array,
-    is_waiting: jax.Array,
-) -> Mixture:
-    """The estimator of bad points: of all that were tried, where those that are good have weight 0.
-
-    Args:
-      space: whose points they are.
-      rules: static.
-      settings: traced.
-      told: the record; failed trials are bad.
-      best: its best trials.
-      waiting: float[m, dims], points that are asked for and not told.
-      is_waiting: bool[m], which rows of it there are.
-    """
-    unit = snapped(space, jnp.concatenate([told.unit, waiting]))
-    live = space.active(unit)
-    is_bad = jnp.concatenate([told.mask.at[best.row].set(told.mask[best.row] & ~best.is_good), is_waiting])
-    weight = decay(is_bad) if rules.weighting == "decay" else is_bad.astype(unit.dtype)
-    if rules.bandwidth == "neighbour":
-        wished = jnp.zeros((1, space.dims), unit.dtype)
-    else:
-        wished = spread(rules.bandwidth, unit, live & is_bad[:, None], weight)
-    width = widths(space, rules, settings, unit, wished, is_bad.sum(), settings.bad_exponent)
-    return Mixture(unit, live, width, weight, settings.prior_weight)
 
 
 def in_pool(space: Space, rules: Rules, unit: jax.Array, good: Mixture, bad: Mixture, told: jax.Array) -> Pool:
@@ -275,8 +97,7 @@ def in_pool(space: Space, rules: Rules, unit: jax.Array, good: Mixture, bad: Mix
         live = space.active(unit)
     repeated = jnp.zeros(unit.shape[0], bool)
     if space.levels.all():
-        same = fingerprints(space, unit, live)[:, None] == fingerprints(space, bad.unit, bad.live)
-        repeated = (same & told).any(1)
+        repeated = among(fingerprints(space, unit), fingerprints(space, bad.unit), told)
     counts = jnp.ones((1, 1), bool) if rules.multivariate else live
     return Pool(unit, found[0], found[1], counts, repeated)
 
@@ -297,7 +118,7 @@ def choose(space: Space, rules: Rules, pool: Pool, width: jax.Array, total: jax.
     """
     live = space.active(pool.unit)
     point = features(space, pool.unit, live if rules.multivariate else jnp.ones_like(live))
-    prints = fingerprints(space, pool.unit, live) if space.levels.all() else None
+    prints = fingerprints(space, pool.unit) if space.levels.all() else None
     row = jnp.arange(pool.repeated.size)
 
     def score(bad: jax.Array, repeated: jax.Array) -> jax.Array:
@@ -358,7 +179,7 @@ def propose(
     # What depends on the size of the record is all that is compiled for each size.
     on_bucket = functools.partial(records.on_bucket, growth=GROWTH)
     best = on_bucket(functools.partial(best_of, space=space, rules=rules), told, settings)
-    good, unit = good_mixture(space, rules, settings, best), all_points(space)
+    good, unit = good_mixture(space, rules, settings, best), everything(space, ENUMERATED)
     if unit is None:
         size = candidates * batch
         key_unit, key_which, key_move = jax.random.split(key, 3)
@@ -383,14 +204,12 @@ def begin(
     told: History, waiting: jax.Array, is_waiting: jax.Array, key: jax.Array, design: jax.Array, *, space: Space
 ) -> jax.Array:
     """The points of the design that are not tried yet, and others instead of those that are: float[batch, dims]."""
-    batch, every = design.shape[0], all_points(space)
+    batch, every = design.shape[0], everything(space, ENUMERATED)
     others = every if every is not None else space.sample(key, UNTRIED + batch)
     unit = snapped(space, jnp.concatenate([design, others]))
     first = FIRST * jnp.concatenate([batch - jnp.arange(batch), uniform(bits(key, (others.shape[0],)))])
-    tried = snapped(space, jnp.concatenate([told.unit, waiting]))
-    live, known = space.active(unit), space.active(tried)
-    same = fingerprints(space, unit, live)[:, None] == fingerprints(space, tried, known)
-    repeated = (same & jnp.concatenate([told.mask, is_waiting])).any(1)
+    tried = fingerprints(space, jnp.concatenate([told.unit, waiting]))
+    repeated = among(fingerprints(space, unit), tried, jnp.concatenate([told.mask, is_waiting]))
     pool = Pool(unit, first[:, None], jnp.zeros((unit.shape[0], 1), unit.dtype), jnp.ones((1, 1), bool), repeated)
     joint = Rules(*SPLITS[:1], *WEIGHTINGS[:1], *BANDWIDTHS[:1], multivariate=True, magic_clip=True)
     one = jnp.ones((), unit.dtype)
@@ -451,7 +270,6 @@ def reserve(state: State, capacity: int) -> State:
 def tpe(
     space: PyTree,
     *,
-    batch: int = 1,
     startup: int = 8,
     candidates: int = 64,
     split: str = "linear",
@@ -466,6 +284,7 @@ def tpe(
     prior_weight: float = 1.0,
     smoothing: float = 0.5,
     multivariate: bool = True,
+    batch: int = 1,
 ) -> Method:
     """The tree-structured Parzen estimator: the next trial is where good points are dense and bad ones are not.
 
@@ -482,7 +301,6 @@ def tpe(
 
     Args:
       space: a pytree of parameters, or a `Space`.
-      batch: trials per ask.
       startup: trials before the model is used, rounded up to whole asks; results that are told before count.
       candidates: points drawn for each row of an ask, at least 1.
       split: how many of n trials are good: "linear" gamma * n, "sqrt" gamma * sqrt(n), rounded up.
@@ -500,6 +318,7 @@ def tpe(
       prior_weight: weight of the uniform component, in points, positive.
       smoothing: weight of each option of a categorical, in points, shared by all kernels of a set, positive.
       multivariate: whether kernels are over all dims; if not, every dim is modelled and chosen by itself.
+      batch: trials per ask, of any size. One learns the most from each trial, more fill a device.
 
     Returns:
       A `Method` whose settings are gamma, scale, exponent, bad_exponent, min_bandwidth, prior_weight and smoothing.

@@ -10,19 +10,18 @@ import pytest
 import jaxhpo as hpo
 from jaxhpo import history as records
 from jaxhpo.sequential.surrogate.parzen import features, log_density
-from jaxhpo.sequential.tpe import (
+from jaxhpo.sequential.surrogate.split import (
     MOST_GOOD,
     Rules,
-    all_points,
     bad_mixture,
     best_of,
     decay,
-    fingerprints,
     good_mixture,
     good_weights,
     number_of_good,
-    propose,
 )
+from jaxhpo.sequential.tpe import ENUMERATED, propose
+from jaxhpo.untried import everything, fingerprints
 
 REAL = hpo.Space({"x": hpo.Float(0.0, 1.0), "y": hpo.Float(0.0, 1.0)})
 EIGHT = hpo.Space({"a": hpo.Categorical(("u", "v")), "b": hpo.Ordinal((1, 2)), "c": hpo.Categorical((False, True))})
@@ -210,7 +209,7 @@ def test_points_that_are_pending_are_not_asked_again():
 
 def test_a_finite_space_that_is_too_large_to_enumerate_has_no_repeats_either():
     space = hpo.Space({f"k{i}": hpo.Int(1, 4) for i in range(5)})
-    assert all_points(space) is None
+    assert everything(space, ENUMERATED) is None
     # The best point is a corner that soon has nothing new around it among what is sampled.
     asked, _ = play(hpo.tpe(space, batch=3, candidates=8), 30, lambda unit: unit.sum(1))
     assert len({tuple(row) for row in asked.tolist()}) == 90
@@ -219,9 +218,9 @@ def test_a_finite_space_that_is_too_large_to_enumerate_has_no_repeats_either():
 def test_fingerprints_tell_points_apart_by_what_is_live():
     tree = {"how": hpo.OneOf(one={"k": hpo.Int(1, 3)}, two={"m": hpo.Int(1, 3)}), "z": hpo.Int(1, 4)}
     space = hpo.Space(tree)
-    points = all_points(space)
+    points = everything(space, ENUMERATED)
     assert points.shape == (2 * 3 * 3 * 4, space.dims)
-    hashes = np.asarray(fingerprints(space, points, space.active(points)))
+    hashes = np.asarray(fingerprints(space, points))
     assert len(set(hashes.tolist())) == 2 * 3 * 4
 
 

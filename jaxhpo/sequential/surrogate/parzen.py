@@ -24,6 +24,7 @@ from jax import lax
 from jax.scipy.special import ndtr, ndtri
 
 from jaxhpo.space import Space
+from jaxhpo.variation import snapped
 
 FEW = 16
 TINY = 1e-30
@@ -78,12 +79,6 @@ def cells(space: Space, unit: jax.Array) -> jax.Array:
     level = space.level(unit)
     width = space.middle(level + 0.5) - space.middle(level - 0.5)
     return jnp.zeros_like(unit).at[..., has_levels].set(width)
-
-
-def snapped(space: Space, unit: jax.Array) -> jax.Array:
-    """Points with their levels in the middle."""
-    has_levels = np.flatnonzero(space.levels)
-    return unit.at[..., has_levels].set(space.middle(space.level(unit))) if has_levels.size else unit
 
 
 def log_mass(low: jax.Array, high: jax.Array) -> jax.Array:

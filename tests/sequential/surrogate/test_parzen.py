@@ -17,9 +17,9 @@ from jaxhpo.sequential.surrogate.parzen import (
     log_density,
     neighbours,
     sample,
-    snapped,
     spread,
 )
+from jaxhpo.variation import snapped
 
 SPACES = {
     "mixed": {
