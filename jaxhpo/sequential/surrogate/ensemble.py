@@ -26,7 +26,7 @@ GROWTH = 2
 
 PLANS = (
     Plan(64, members=8),
-    Plan(128, members=8, period=4, candidates=600),
+    Plan(128, members=8, period=2),
     Plan(256, members=4, period=8, candidates=600),
     Plan(512, members=3, period=32, candidates=512, starts=4),
     Plan(1024, members=2, period=64, candidates=512, starts=4),

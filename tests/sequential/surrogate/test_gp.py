@@ -55,10 +55,21 @@ def problem(n=40, seed=0):
 
 def posterior_of(x, targets, mask=None, **kwargs):
     """The posterior after observations, their targets given."""
-    p, mask = one(parameters(**kwargs)), jnp.ones(len(x), bool) if mask is None else mask
+    mask = jnp.ones(len(x), bool) if mask is None else mask
     x = jnp.asarray(x, jnp.result_type(float))
-    data = gp.data_of(x, jnp.zeros(len(x)), mask, geometry(REAL, x, x))
-    return gp.conditioned(p, gp.factors(REAL, p, data), data, jnp.asarray(targets, x.dtype)[None])
+    return conditioned(one(parameters(**kwargs)), x, jnp.asarray(targets, x.dtype)[None], mask)
+
+
+@jax.jit
+def conditioned(p, x, targets, mask):
+    data = gp.data_of(x, jnp.zeros(len(x), x.dtype), mask, geometry(REAL, x, x))
+    return gp.conditioned(p, gp.factors(REAL, p, data), data, targets)
+
+
+predict = jax.jit(functools.partial(gp.predict, REAL))
+fantasized = jax.jit(functools.partial(gp.fantasized, REAL))
+updated = jax.jit(functools.partial(gp.updated, REAL))
+extended = jax.jit(functools.partial(gp.extended, REAL))
 
 
 def test_posterior_is_that_of_scikit_learn(dtype):
@@ -68,7 +79,7 @@ def test_posterior_is_that_of_scikit_learn(dtype):
     mean, std = peer.predict(candidates, return_std=True)
     noise = NOISE + gp.JITTER[np.dtype(dtype).itemsize]
     posterior = posterior_of(x, y)
-    prediction = gp.predict(REAL, posterior, jnp.asarray(candidates, jnp.result_type(float)))
+    prediction = predict(posterior, jnp.asarray(candidates, jnp.result_type(float)))
     rtol = 1e-4 if dtype == "float32" else 1e-8
     np.testing.assert_allclose(prediction.mean[0], mean, rtol=rtol, atol=rtol)
     np.testing.assert_allclose(prediction.variance[0], std**2 - noise, rtol=rtol, atol=rtol)
@@ -153,7 +164,7 @@ def test_a_factor_that_grows_is_the_whole_one(dtype):
     part = posterior_of(x, jnp.where(mask, y, 0), mask, trend=0.5)
     w = part.w
     for i in (9, 10, 11):
-        w, _ = gp.extended(REAL, part.parameters, x, jnp.arange(12) < i, w, jnp.int32(i), x[i])
+        w, _ = extended(part.parameters, x, jnp.arange(12) < i, w, jnp.int32(i), x[i])
     np.testing.assert_allclose(w, whole.w, rtol=1e-3 if dtype == "float32" else 1e-9, atol=1e-3)
     del candidates
 
@@ -163,18 +174,18 @@ def test_a_fantasy_is_an_observation_of_what_was_drawn(dtype):
     x, y, c = (jnp.asarray(v, jnp.result_type(float)) for v in (x, y, candidates))
     tight = 2e-3 if dtype == "float32" else 1e-8
     before = gp.widened(posterior_of(x, y), 2)
-    guess = gp.predict(REAL, before, c)
-    after, row = gp.fantasized(REAL, before, jnp.int32(12), c[0], jnp.array([0.7], c.dtype), jnp.array(True))
+    guess = predict(before, c)
+    after, row = fantasized(before, jnp.int32(12), c[0], jnp.array([0.7], c.dtype), jnp.array(True))
     noisy = guess.variance[0, 0] + gp.nugget(parameters())
     drawn = guess.mean[0, 0] + 0.7 * jnp.sqrt(before.scale[0] * noisy)
     expected = posterior_of(jnp.concatenate([x, c[:1]]), jnp.append(y, drawn))
-    a, b = gp.predict(REAL, after, c), gp.predict(REAL, expected, c)
-    quick = gp.updated(REAL, after, guess, c, row, jnp.int32(12))
+    a, b = predict(after, c), predict(expected, c)
+    quick = updated(after, guess, c, row, jnp.int32(12))
     for got in (a, quick):
         np.testing.assert_allclose(got.mean, b.mean, rtol=tight, atol=tight)
         np.testing.assert_allclose(got.variance, b.variance, rtol=tight, atol=tight)
     assert float(after.best[0]) == pytest.approx(min(float(before.best[0]), float(drawn)), rel=1e-4)
-    same, _ = gp.fantasized(REAL, before, jnp.int32(12), c[0], jnp.array([0.7], c.dtype), jnp.array(False))
+    same, _ = fantasized(before, jnp.int32(12), c[0], jnp.array([0.7], c.dtype), jnp.array(False))
     for u, v in zip(jax.tree.leaves(same), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(u, v)
 
@@ -184,7 +195,7 @@ def test_rows_without_a_trial_count_for_nothing():
     few = posterior_of(x[:8], y[:8])
     junk = np.concatenate([x[:8], x[:4]])
     many = posterior_of(junk, np.concatenate([y[:8], np.zeros(4)]), jnp.arange(12) < 8)
-    a, b = (gp.predict(REAL, p, jnp.asarray(candidates, jnp.float32)) for p in (few, many))
+    a, b = (predict(p, jnp.asarray(candidates, jnp.float32)) for p in (few, many))
     np.testing.assert_allclose(a.mean, b.mean, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(a.variance, b.variance, rtol=1e-4, atol=1e-5)
 

@@ -1,5 +1,7 @@
 """Derivatives in Gaussian processes: against automatic differentiation and finite differences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +24,8 @@ def test_covariances_are_the_derivatives_of_the_covariance():
         def value(x, y):
             return covariance(p, geometry(SPACE, x[None], y[None]))[0, 0]
 
-        pairs = lambda f: jax.vmap(lambda x: jax.vmap(lambda y: f(x, y))(b))(a)  # noqa: E731
-        whole = slopes.covariance(
-            SPACE,
+        pairs = lambda f: jax.jit(jax.vmap(lambda x: jax.vmap(lambda y: f(x, y))(b)))(a)  # noqa: E731
+        whole = jax.jit(functools.partial(slopes.covariance, SPACE))(
             p,
             jnp.concatenate([slopes.valued(a), slopes.along(a, REALS)]),
             jnp.concatenate([slopes.valued(b), slopes.along(b, REALS)]),
