@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxhpo.lanes import Bank, Incumbent, Lanes, Told, make_lanes
-from jaxhpo.method import Method, Trials, ask_key, bare, trial_keys
+from jaxhpo.method import Method, Trials, ask_key, bare, trial_keys, where_rows
 from jaxhpo.problem import check
 from jaxhpo.space import Space
 from jaxhpo.trainable import Trainable, unjitted
@@ -146,25 +146,33 @@ def begin_with(initial: Initial, trials: Trials) -> Trials:
 
 def tell_known(method: Method, initial: Initial, key: jax.Array, state: PyTree) -> PyTree:
     """Tells a fresh method the results that are known: as rows of its own asks, which ran no steps."""
-    n = len(initial.known_losses)
-    for start in range(0, n, method.batch):
-        rows = slice(start, min(start + method.batch, n))
-        size = rows.stop - rows.start
+    n, batch = len(initial.known_losses), method.batch
+    chunks = -(-n // batch)
+
+    def whole(rows: np.ndarray) -> jax.Array:
+        """In whole batches: [chunks, batch, ...]."""
+        filled = np.pad(np.asarray(rows), ((0, chunks * batch - n), *((0, 0),) * (np.ndim(rows) - 1)))
+        return jnp.asarray(filled).reshape(chunks, batch, *filled.shape[1:])
+
+    def tell(state: PyTree, chunk: tuple) -> tuple[PyTree, None]:
+        start, unit, hparams, losses, active = chunk
         asked, _ = method.ask(jax.random.fold_in(ask_key(key, KNOWN_ROUND), start), state)
-        put = lambda new, old, rows=rows, size=size: old.at[:size].set(jnp.asarray(new[rows], old.dtype))  # noqa: E731
-        idle = jnp.zeros(method.batch, jnp.int32)
-        losses = jnp.full(method.batch, jnp.nan, asked.unit.dtype)
+        put = lambda new, old: where_rows(active, new.astype(old.dtype), old)  # noqa: E731
+        idle = jnp.zeros(batch, jnp.int32)
         trials = asked._replace(
-            unit=put(initial.known_unit, asked.unit),
-            hparams=jax.tree.map(put, initial.known_hparams, asked.hparams),
+            unit=put(unit, asked.unit),
+            hparams=jax.tree.map(put, hparams, asked.hparams),
             steps=idle,
             source=idle - 1,
             slot=idle + method.slots,
-            active=jnp.arange(method.batch) < size,
+            active=active,
         )
-        gradients = (jax.tree.map(jnp.zeros_like, trials.hparams),) if method.uses_gradients else ()
-        state = method.tell(state, trials, put(initial.known_losses, losses), *gradients)
-    return state
+        # Their gradients are not known.
+        return method.tell(state, trials, jnp.where(active, losses, jnp.nan).astype(asked.unit.dtype)), None
+
+    rows = initial.known_unit, initial.known_hparams, initial.known_losses, np.ones(n, bool)
+    starts = jnp.arange(0, chunks * batch, batch)
+    return jax.lax.scan(tell, state, (starts, *jax.tree.map(whole, rows)))[0]
 
 
 def first_state(method: Method, key: jax.Array, settings: PyTree, capacity: int, initial: Initial | None) -> PyTree:

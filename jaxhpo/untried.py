@@ -9,6 +9,8 @@ from jaxhpo.draws import scramble
 from jaxhpo.space import Space
 from jaxhpo.variation import snapped
 
+NOT_LIVE = 0xFFFFFFFF
+
 
 def everything(space: Space, most: int) -> jax.Array | None:
     """All points of a space without real dims, one for each combination of levels, if there are at most `most`.
@@ -39,10 +41,14 @@ def canonical(space: Space, unit: jax.Array, unused: float = -1.0) -> jax.Array:
 
 def fingerprints(space: Space, unit: jax.Array) -> jax.Array:
     """A hash of what points decode to: u32[...] for float[..., dims]; two that differ share it once in 4e9 times."""
-    points = canonical(space, unit).astype(jnp.float32) + 0.0
+    # Of levels, not of their middles: how those are rounded may differ from one program to another.
+    values = lax.bitcast_convert_type(unit.astype(jnp.float32) + 0.0, jnp.uint32)
+    has_levels = np.flatnonzero(space.levels)
+    if has_levels.size:
+        values = values.at[..., has_levels].set(space.level(unit).astype(jnp.uint32))
+    values = jnp.where(space.active(unit), values, jnp.uint32(NOT_LIVE)) if space.nesting else values
     dim = lax.iota(jnp.uint32, space.dims) * jnp.uint32(0x9E3779B9)
-    mixed = scramble(lax.bitcast_convert_type(points, jnp.uint32) + dim)
-    return scramble(mixed.sum(-1, dtype=jnp.uint32))
+    return scramble(scramble(values + dim).sum(-1, dtype=jnp.uint32))
 
 
 def among(code: jax.Array, known: jax.Array, mask: jax.Array) -> jax.Array:

@@ -91,7 +91,7 @@ def _functions(
 
     def init(key: jax.Array, settings: Settings) -> State:
         key_design, key_model = jax.random.split(key)
-        history = record.empty((1 + uses_gradients) * space.dims, growth=ensemble.GROWTH)
+        history = record.empty((1 + uses_gradients) * space.dims, max(batch, record.SMALLEST), ensemble.GROWTH)
         return State(
             history=history,
             design=latin_hypercube(key_design, designed, space.dims),
@@ -144,13 +144,15 @@ def _functions(
             pool = proposal.candidates(key_pool, space, history.unit[best, : space.dims], plan.candidates)
         else:
             pool = points.astype(history.unit.dtype)
-        # In a space with real dims the shortlist alone is compared with what was tried.
-        codes = fingerprints(space, pool) if is_finite or samples else None
+        # Where a point always has real dims, the shortlist alone is compared with what was tried.
+        codes = fingerprints(space, pool) if is_finite or samples or space.nesting else None
 
         def worth(posterior: PyTree, prediction: Prediction) -> jax.Array:
             std = surrogate.std(posterior, prediction.variance)
             values = score.value(prediction.mean, std, posterior.best[:, None], state.settings.exploration)
-            values = score.ensemble(values, 0)
+            # A model that is not sound counts as one that is.
+            is_sound = ~jnp.isnan(values).any(1)
+            values = score.ensemble(jnp.where(is_sound[:, None], values, values[jnp.argmax(is_sound)]), 0)
             return jnp.where(jnp.isnan(values), -jnp.inf, values)
 
         def shortlist(
@@ -173,6 +175,7 @@ def _functions(
             if samples:
                 key = jax.random.wrap_key_data(seed, impl="threefry2x32")
                 values = -surrogate.draw(key, posterior, prediction, pool)
+                values = jnp.where(jnp.isnan(values), -jnp.inf, values)
             else:
                 values = worth(posterior, prediction)
             if codes is not None:
@@ -213,8 +216,8 @@ def _functions(
             rows = jnp.arange(-batch, 0), design
             return lax.scan(pick, tried_of(state.history, None, pending), rows)[1], state.model
 
-        # Results that are known make the design superfluous.
-        is_design = (asked < designed) & (told < designed)
+        # Results that are known make the design superfluous; up to a batch of those rows may be padding.
+        is_design = (asked < designed) & (told < designed + batch - 1)
         branches = [begin] + [functools.partial(propose, i, key, state, pending) for i in range(len(sizes))]
         unit, model = lax.switch(jnp.where(is_design, 0, level + 1), branches)
         return black_box(space, unit, asked), state._replace(model=model, asked=Count(asked + batch))

@@ -110,7 +110,7 @@ def test_pending_trials_are_avoided(seen):
     again, _ = ask(method, state, pending=first)
     ignored, _ = ask(method, state, pending=first._replace(active=jnp.zeros(1, bool)))
     apart = lambda a: float(jnp.abs(a.unit - first.unit).max())  # noqa: E731
-    assert apart(ignored) < 0.02 < apart(again)
+    assert apart(ignored) < 1e-4 and apart(again) > 1e-3
 
 
 @pytest.mark.parametrize("surrogate", ["gp", "forest"])
@@ -221,7 +221,7 @@ def grow(rng):
         np.testing.assert_allclose(posterior.w, gp.factors(BOWL, posterior.parameters, data), rtol=1e-6, atol=1e-6)
         everyone = set(identity(history.unit)[np.asarray(history.mask)].tolist())
         known = set(identity(posterior.x)[np.asarray(posterior.mask)].tolist())
-        assert known <= everyone and len(known) >= min(len(everyone), 56)
+        assert known <= everyone and len(known) >= min(len(everyone), 54)
         assert level or known == everyone
         fitted.append(int(model.fitted.value))
     assert len(set(fitted)) < len(fitted), "in some rounds the hyperparameters were kept"
@@ -252,6 +252,41 @@ def test_the_forest_beats_random_search_in_a_mixed_space():
         for run in (jax.jit(hpo.study(loss, m, rounds=12)) for m in (method, hpo.random(MIXED, batch=4)))
     ]
     assert np.median(best[0]) < 0.5 * np.median(best[1])
+
+
+def test_trials_that_crowd_together_leave_the_factors_sound():
+    """Hundreds of trials near one optimum, in batches: no row of an ask repeats another."""
+    space = hpo.Space({"x": hpo.Array(2, 0.0, 1.0), "kind": hpo.Categorical(("a", "b", "c"))})
+    run = jax.jit(
+        hpo.study(lambda key, h: ((h["x"] - 0.4) ** 2).sum() + h["kind"], hpo.gp_ei(space, batch=32), rounds=8)
+    )
+    state, trace = run(jax.random.key(0))
+    unit = np.asarray(canonical(space, trace.trials.unit.reshape(-1, 3)))
+    assert len(np.unique(unit, axis=0)) == 256
+    assert jnp.isfinite(state.model.factors).all() and float(trace.losses.min()) < 1e-5
+
+
+def test_losses_that_tie_do_not_draw_in_the_tail_without_a_bound():
+    method = hpo.gp_ei(BOWL, batch=1)
+    state = told(method, np.random.default_rng(0).random((20, 2)), np.ones(20))
+    tails = []
+    for r in range(12):
+        trials, state = jitted(method)[1](jax.random.key(r), state)
+        tails.append(float(jnp.abs(state.model.chains.position.log_tail).max()))
+        state = jitted(method)[2](state, trials, jnp.ones(1))
+    assert max(tails) < 8
+
+
+def test_known_results_are_told_at_once_and_make_the_design_superfluous():
+    asked = []
+    objective = lambda key, h: ((h["x"] - 0.3) ** 2).sum()  # noqa: E731
+    known = [({"x": np.array([a, b])}, (a - 0.3) ** 2 + (b - 0.3) ** 2) for a in (0.1, 0.5, 0.9) for b in (0.2, 0.6)]
+    for n in (0, 6):
+        result = hpo.minimize(
+            objective, hpo.gp_ei(BOWL, batch=2), key=jax.random.key(0), rounds=1, initial=known[:n], progress=False
+        )
+        asked.append(np.asarray(result.trials.unit)[n:])
+    assert np.abs(asked[1] - asked[0]).max() > 1e-2
 
 
 def test_candidates_are_anywhere_and_near_the_leaders():

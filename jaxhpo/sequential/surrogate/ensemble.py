@@ -35,7 +35,7 @@ MEMBERS = max(plan.members for plan in PLANS)
 MOST = PLANS[-1].rows
 LATEST = MOST // 8
 FITTED = 256
-LEAPS = 6
+LEAPS, FIRST_TRAJECTORIES = 6, 8
 SLOPES = 128
 
 
@@ -67,6 +67,8 @@ class Model(NamedTuple):
     """i32[]: rows told before the last change of the factors"""
     chose: Count
     """i32[]: rows told before `chosen` was"""
+    layout: Count
+    """i32[]: which of the plans `factors` and `chosen` are of, -1 for none"""
 
 
 def plans(capacity: int) -> tuple[Plan, ...]:
@@ -87,6 +89,7 @@ def init(key: jax.Array, example: gp.Parameters, capacity: int) -> Model:
         fitted=count(),
         factored=count(),
         chose=count(),
+        layout=count(-1),
     )
 
 
@@ -110,6 +113,14 @@ def representatives(losses: jax.Array, mask: jax.Array, number: int) -> jax.Arra
     step = jnp.maximum(mask.sum(dtype=jnp.int32) - best, others) / others
     rank = jnp.concatenate([jnp.arange(best), best + (step * jnp.arange(others)).astype(jnp.int32)])
     return order[held[jnp.minimum(rank, mask.shape[0] - 1)]]
+
+
+def chosen_of(history: History) -> jax.Array:
+    """The rows that the models know where they do not know all: representatives, and the latest: i32[896]."""
+    end = jnp.minimum(history.count.value, history.losses.shape[0])
+    latest = end - LATEST // 2 + jnp.arange(LATEST // 2, dtype=jnp.int32)
+    is_older = history.mask & (jnp.arange(history.losses.shape[0]) < latest[0])
+    return jnp.concatenate([representatives(history.losses, is_older, MOST - LATEST - LATEST // 2), latest])
 
 
 class Seen(NamedTuple):
@@ -162,14 +173,13 @@ def observe(
     knows_all = level < len(PLANS)
     before = 0 if level == 0 else plans(capacity)[level - 1].rows
     is_due = (told - model.fitted.value >= plan.period) | (model.fitted.value <= before)
-    is_new = is_due | (told > capacity) | (told - model.factored.value > newest)
+    is_new = is_due | (told > capacity) | (told - model.factored.value > newest) | (model.layout.value != level)
 
     recent = Seen(history.unit, history.losses, history.mask)
     if knows_all:
         seen, first = jax.tree.map(lambda x: x[: plan.rows], recent), model.factored.value
     else:
-        choose = lambda: representatives(history.losses, history.mask, MOST - LATEST)  # noqa: E731
-        chosen = lax.cond(is_new, choose, lambda: model.chosen)
+        chosen = lax.cond(is_new, lambda: chosen_of(history), lambda: model.chosen)
         chose = jnp.where(is_new, told, model.chose.value)
         latest = chose + jnp.arange(LATEST, dtype=jnp.int32)
         seen = recent.at(jnp.concatenate([chosen, jnp.minimum(latest, capacity - 1)]))
@@ -191,7 +201,13 @@ def observe(
             some = data_of(space, seen.at(rows))
         mine = jax.tree.map(lambda leaf: leaf[: plan.members], model.chains.position)
         density = functools.partial(gp.log_posterior, space, prior, known(some))
-        chains = hamiltonian.advance(key, density, model.chains._replace(position=mine), LEAPS)
+
+        def trajectory(i: jax.Array, chains: hamiltonian.Chains) -> hamiltonian.Chains:
+            return hamiltonian.advance(jax.random.fold_in(key, i), density, chains, LEAPS)
+
+        # The first time the chains come from the prior; later they have only to keep up.
+        number = jnp.where(model.fitted.value == 0, FIRST_TRAJECTORIES, 1)
+        chains = lax.fori_loop(0, number, trajectory, model.chains._replace(position=mine))
         place = lambda all_, new: all_.at[: plan.members].set(new)  # noqa: E731
         return chains._replace(position=jax.tree.map(place, model.chains.position, chains.position))
 
@@ -208,8 +224,9 @@ def observe(
 
         def add(i: jax.Array, w: jax.Array) -> jax.Array:
             at = jnp.minimum(first + i, rows - 1)
-            longer, _ = gp.extended(space, parameters, data.x, seen.mask & (jnp.arange(rows) < at), w, at, data.x[at])
-            return jnp.where(seen.mask[at] & (first + i < rows), longer, w)
+            new, _ = gp.extended(space, parameters, data.x, seen.mask & (jnp.arange(rows) < at), w, at, data.x[at])
+            new = jnp.where(seen.mask[at] & (first + i < rows), new, w[:, at])
+            return lax.dynamic_update_index_in_dim(w, new, at, 1)
 
         return lax.fori_loop(0, newest, add, w)
 
@@ -223,6 +240,7 @@ def observe(
         chains=chains,
         fitted=Count(jnp.where(is_due, told, model.fitted.value)),
         factored=Count(told),
+        layout=count(level),
     )
     return model, gp.condition(parameters, w, data)
 

@@ -26,7 +26,7 @@ from jaxhpo.sequential.surrogate.surrogate import Prediction
 from jaxhpo.sequential.surrogate.targets import distances, transformed
 from jaxhpo.space import Space, working_dtype
 
-JITTER = {4: 2e-6, 8: 1e-10}
+JITTER = {4: 3e-5, 8: 1e-10}
 SHAPE, RATE = 1.0, 1.0
 LEAST_VARIANCE = 1e-7
 DRAW_JITTER = 1e-4
@@ -265,20 +265,21 @@ class Row(NamedTuple):
 def extended(
     space: Space, parameters: Parameters, x: jax.Array, mask: jax.Array, w: jax.Array, at: jax.Array, point: jax.Array
 ) -> tuple[jax.Array, Row]:
-    """`w` with an observation at `point`, float[dims], in its row `at`, i32[], which did not count so far.
+    """The row `at`, i32[], of `w` after an observation at `point`, float[dims]: float[members, n].
 
-    All rows that count must be before it.
+    It did not count so far, and all rows that count must be before it.
     """
     between = shared(space, parameters, point[None], x)
 
     def one(parameters: Parameters, w: jax.Array) -> tuple[jax.Array, Row]:
         along = jnp.where(mask, cross(space, parameters, point[None], x, between)[0], 0)
-        factor = w @ along
-        own = own_variance(space, parameters, point[None])[0]
+        factor, own = w @ along, own_variance(space, parameters, point[None])[0]
+        # Near other points rounding can make the projection longer than what it projects, and rows grow without end.
+        factor = factor * lax.rsqrt(jnp.maximum((factor**2).sum() / own, 1))
         left = own + nugget(parameters) - (factor**2).sum()
         inverse_std = lax.rsqrt(jnp.maximum(left, nugget(parameters)))
         row = (-inverse_std * (factor @ w)).at[at].set(inverse_std)
-        return lax.dynamic_update_index_in_dim(w, row, at, 0), Row(along, factor, inverse_std)
+        return row, Row(along, factor, inverse_std)
 
     return jax.vmap(one)(parameters, w)
 
@@ -312,16 +313,16 @@ def fantasized(
       normal: float[members], standard normal: the draws.
       counts: bool[], False leaves the posterior as it is.
     """
-    w, row = extended(space, posterior.parameters, posterior.x, posterior.mask, posterior.w, at, point)
+    new, row = extended(space, posterior.parameters, posterior.x, posterior.mask, posterior.w, at, point)
     drawn = normal * jnp.sqrt(posterior.scale)
     mean = (row.covariance * posterior.weights).sum(1)
     keep = lambda new, old: jnp.where(counts, new, old)  # noqa: E731
     after = posterior._replace(
         x=posterior.x.at[at].set(keep(point, posterior.x[at])),
         mask=posterior.mask.at[at].set(counts),
-        w=posterior.w.at[:, at].set(keep(w[:, at], posterior.w[:, at])),
+        w=posterior.w.at[:, at].set(keep(new, posterior.w[:, at])),
         whitened=posterior.whitened.at[:, at].set(keep(drawn, 0)),
-        weights=posterior.weights + keep(w[:, at] * drawn[:, None], 0),
+        weights=posterior.weights + keep(new * drawn[:, None], 0),
         best=keep(jnp.minimum(posterior.best, mean + drawn / row.inverse_std), posterior.best),
     )
     return after, row

@@ -17,6 +17,7 @@ from jax import lax
 from jax.scipy.special import ndtri
 
 from jaxhpo.draws import bits, uniform
+from jaxhpo.method import where_rows
 
 PyTree = Any
 ACCEPTED = 0.8
@@ -56,7 +57,8 @@ def advance(key: jax.Array, log_density: Callable, chains: Chains, leaps: int) -
 
     Args:
       key: of the momenta and of what is accepted.
-      log_density: position of one chain -> float[], with a gradient. Where it is NaN or -inf, nothing is accepted.
+      log_density: position of one chain -> float[], with a gradient. Nothing is accepted where it is NaN or -inf, and
+        a chain that is there starts again.
       chains: where they are.
       leaps: steps of a trajectory, at least 1.
     """
@@ -86,13 +88,11 @@ def advance(key: jax.Array, log_density: Callable, chains: Chains, leaps: int) -
     kinetic = functools.partial(_kinetic, number=number)
     log_ratio = after - kinetic(end) - before + kinetic(momentum)
     log_ratio = jnp.where(jnp.isfinite(log_ratio), log_ratio, -jnp.inf)
-    # A chain that is where the density has no value leaves as soon as it can.
-    log_ratio = jnp.where(~jnp.isfinite(before) & jnp.isfinite(after), 0, log_ratio)
     moves = jnp.log(chance) < log_ratio
-    moved = jax.tree.map(
-        lambda a, b: jnp.where(moves.reshape((-1,) + (1,) * (a.ndim - 1)), a, b), position, chains.position
-    )
-    accepted = jnp.exp(jnp.minimum(log_ratio, 0)).mean()
+    # A chain that is where the density has no value starts again, at numbers that are as good as new.
+    is_lost = ~jnp.isfinite(before)
+    moved = where_rows(is_lost, momentum, where_rows(moves, position, chains.position))
+    accepted = jnp.where(is_lost, ACCEPTED, jnp.exp(jnp.minimum(log_ratio, 0))).mean()
     return Chains(moved, jnp.clip(chains.log_step + RATE * (accepted - ACCEPTED), LEAST, MOST))
 
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxhpo.space import Space
 from jaxhpo.untried import canonical
 
-TREND = 1.0
 NOT_LIVE = 0.5
 
 
@@ -83,13 +82,18 @@ def corner(space: Space) -> int:
     return (1 + int((~space.categorical).sum())) ** 2
 
 
+def apart(space: Space, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Differences dim by dim, 0 or 1 in categorical ones: float[dims, n, m] for float[n, dims] and float[m, dims]."""
+    difference = a.T[:, :, None] - b.T[:, None, :]
+    if not space.categorical.any():
+        return difference
+    return jnp.where(jnp.asarray(space.categorical)[:, None, None], (difference != 0).astype(a.dtype), difference)
+
+
 def geometry(space: Space, a: jax.Array, b: jax.Array) -> Geometry:
     """Of the points float[n, dims] and float[m, dims], which are `features`."""
-    apart = a.T[:, :, None] - b.T[:, None, :]
-    if space.categorical.any():
-        apart = jnp.where(jnp.asarray(space.categorical)[:, None, None], (apart != 0).astype(a.dtype), apart)
     inner = jnp.matmul(around(space, a), around(space, b).T, precision="highest")
-    return Geometry(apart**2, (1 + inner) ** 2 / corner(space))
+    return Geometry(apart(space, a, b) ** 2, (1 + inner) ** 2 / corner(space))
 
 
 def covariance(parameters: Covariance, between: Geometry) -> jax.Array:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxhpo.sequential.surrogate.kernel import (
     Covariance,
+    apart,
     around,
     corner,
     matern,
@@ -67,13 +68,11 @@ def covariance(space: Space, parameters: Covariance, a: jax.Array, b: jax.Array)
     one, other = ((x[:, -1:] == dims).astype(a.dtype) for x in (a, b))
     is_slope, is_other = (a[:, -1:] >= 0), (b[:, -1:] >= 0).T
     a, b = a[:, :-1], b[:, :-1]
-    apart = a.T[:, :, None] - b.T[:, None, :]
-    if space.categorical.any():
-        apart = jnp.where(jnp.asarray(space.categorical)[:, None, None], (apart != 0).astype(a.dtype), apart)
-    q = jnp.einsum("d,dnm->nm", weight, apart**2, precision="highest")
+    difference = apart(space, a, b)
+    q = jnp.einsum("d,dnm->nm", weight, difference**2, precision="highest")
     # Derivatives of q by the coordinate that is observed at either side, and by both.
-    left = 2 * jnp.einsum("nd,d,dnm->nm", one, weight, apart, precision="highest")
-    right = -2 * jnp.einsum("md,d,dnm->nm", other, weight, apart, precision="highest")
+    left = 2 * jnp.einsum("nd,d,dnm->nm", one, weight, difference, precision="highest")
+    right = -2 * jnp.einsum("md,d,dnm->nm", other, weight, difference, precision="highest")
     both = -2 * jnp.matmul(one * weight, other.T, precision="highest")
     slope = matern_slope(q)
     smooth = _chosen(

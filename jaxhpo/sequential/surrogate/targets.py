@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 MOST = 1e12
+MOST_TAIL = 10.0
 SMALLEST = 2e-6
 
 
@@ -28,10 +29,13 @@ def distances(losses: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]
     number = finite.sum(dtype=jnp.int32)
     lowest = jnp.min(losses, where=finite, initial=jnp.inf)
     gap = jnp.where(finite, losses - jnp.where(number > 0, lowest, 0), 0)
+    gap = jnp.minimum(gap, jnp.finfo(losses.dtype).max)
     median = jnp.sort(jnp.where(finite, gap, jnp.inf))[jnp.maximum(number - 1, 0) // 2]
     largest = gap.max()
     scale = jnp.where((median > 0) & (number > 0), median, jnp.where(largest > 0, largest, 1))
-    return jnp.minimum(gap / scale, MOST), 1 / scale
+    # A quotient may be computed as a product with the inverse, which must be a normal number of the dtype.
+    unit = jnp.where(scale > 1, 2.0**-60, 2.0**60).astype(losses.dtype)
+    return jnp.minimum(gap * unit / (scale * unit), MOST), unit / (scale * unit)
 
 
 def transformed(distance: jax.Array, finite: jax.Array, mask: jax.Array, log_tail: jax.Array) -> tuple:
@@ -44,9 +48,10 @@ def transformed(distance: jax.Array, finite: jax.Array, mask: jax.Array, log_tai
       log_tail: float[], log a.
 
     Returns:
-      float[n], 0 where there is no trial; float[n], log of the derivative by `distance`, 0 where it is not finite.
+      float[n], 0 where there is no trial; float[n], log of the derivative by `distance`, 0 where the loss is not
+      finite or ties with the best one.
     """
-    a = jnp.exp(log_tail)
+    a = jnp.exp(jnp.clip(log_tail, -MOST_TAIL, MOST_TAIL))
     whole = jnp.log1p(a)
     value = jnp.log1p(a * distance) / whole
     value = jnp.where(finite, value, jnp.where(finite, value, 0).max())
@@ -55,4 +60,6 @@ def transformed(distance: jax.Array, finite: jax.Array, mask: jax.Array, log_tai
     spread = jnp.sqrt(jnp.maximum((value**2).sum() / number, SMALLEST**2))
     spread = jnp.where(spread > SMALLEST, spread, 1)
     log_slope = jnp.log(a / whole) - jnp.log1p(a * distance) - jnp.log(spread)
-    return value / spread, jnp.where(finite, log_slope, 0)
+    # Many that tie with the best one would prefer a without a bound: they count once.
+    best = jnp.arange(distance.shape[0]) == jnp.argmin(jnp.where(finite, distance, jnp.inf))
+    return value / spread, jnp.where(finite & ((distance > 0) | best), log_slope, 0)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxhpo.history import GROWTH, SMALLEST, History
+from jaxhpo.history import History, buckets
 from jaxhpo.sequential.surrogate import forest
 from jaxhpo.sequential.surrogate.surrogate import Plan, Prediction, Surrogate
 from jaxhpo.sequential.surrogate.targets import distances, transformed
@@ -37,10 +37,7 @@ class Posterior(NamedTuple):
 
 def plans(capacity: int) -> tuple[Plan, ...]:
     """What is done at each size of a history with that capacity."""
-    sizes = [SMALLEST]
-    while sizes[-1] < capacity:
-        sizes.append(sizes[-1] * GROWTH)
-    return tuple(Plan(min(size, max(capacity, SMALLEST)), steps=0, rounds=8) for size in sizes)
+    return tuple(Plan(min(size, capacity), steps=0, rounds=8) for size in buckets(capacity))
 
 
 @functools.lru_cache(maxsize=256)
