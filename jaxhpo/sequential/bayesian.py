@@ -113,13 +113,13 @@ def _functions(
         key: jax.Array, state: State, level: int, normal: jax.Array, pending: Trials | None
     ) -> tuple[PyTree, PyTree, Tried]:
         """The model, its posterior with room for the fantasies of an ask, and what was tried already."""
-        plan = surrogate.plans(state.history.losses.shape[0])[level]
+        plans = surrogate.plans(state.history.losses.shape[0])
         waiting = normal.shape[0] - batch
         newest, room = min(batch, GROWN_AT_ONCE), waiting + fantasies
         parts = key, state.settings.surrogate, state.model, state.history, level, newest, room
         model, posterior = surrogate.observe(*parts)
-        is_last = level == len(surrogate.plans(state.history.losses.shape[0])) - 1
-        tried = tried_of(state.history, None if is_last else plan.rows, pending)
+        is_last = level == len(plans) - 1
+        tried = tried_of(state.history, None if is_last else plans[level].rows, pending)
         if pending is not None:
 
             def wait(posterior: PyTree, row: tuple) -> tuple[PyTree, None]:

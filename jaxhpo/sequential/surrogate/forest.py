@@ -24,7 +24,7 @@ from jax import lax
 
 from jaxhpo.draws import bits, scramble, uniform
 from jaxhpo.space import Space, working_dtype
-from jaxhpo.variation import levels
+from jaxhpo.variation import levels, snapped
 
 NOT_LIVE = -1.0
 CATEGORICAL = 2.0
@@ -86,10 +86,7 @@ def coordinates(space: Space, unit: jax.Array) -> jax.Array:
     A real coordinate is itself, an ordered level its middle, a level without order its number from 2 up, and what is
     not live is -1.
     """
-    has_levels = np.flatnonzero(space.levels)
-    values = jnp.asarray(unit, working_dtype())
-    if has_levels.size:
-        values = values.at[..., has_levels].set(space.middle(space.level(unit)))
+    values = snapped(space, jnp.asarray(unit, working_dtype()))
     if space.categorical.any():
         values = jnp.where(space.categorical, levels(space, unit) + CATEGORICAL, values)
     return jnp.where(space.active(unit), values, NOT_LIVE) if space.nesting else values
