@@ -12,7 +12,7 @@ from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
 # How it is searched.
-from jaxhpo.bandit import hyperband, successive_halving
+from jaxhpo.bandit import asha, bohb, hyperband, successive_halving
 from jaxhpo.exhaustive import grid
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm
 from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
@@ -46,9 +46,11 @@ __all__ = [
     "Trainable",
     "Trials",
     "annealing",
+    "asha",
     "ask_key",
     "axes",
     "bayesian",
+    "bohb",
     "cma_es",
     "coordinate_descent",
     "differential_evolution",

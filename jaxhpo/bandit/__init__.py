@@ -1,6 +1,8 @@
 """Bandits: trials compete for training steps."""
 
+from jaxhpo.bandit.asha import asha
+from jaxhpo.bandit.bohb import bohb
 from jaxhpo.bandit.hyperband import hyperband
 from jaxhpo.bandit.successive_halving import successive_halving
 
-__all__ = ["hyperband", "successive_halving"]
+__all__ = ["asha", "bohb", "hyperband", "successive_halving"]

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhpo.bandit.sampling import Sampling, Training
 from jaxhpo.bandit.schedule import Bracket, kept, schedule
-from jaxhpo.method import Count, Initializer, Method, Trials, bare, count, failed, ranked, where_rows
+from jaxhpo.method import Count, Initializer, Method, Trials, count, failed, ranked, where_rows
 from jaxhpo.space import Space
 
 PyTree = Any
@@ -67,7 +68,7 @@ class State(NamedTuple):
     round: Count
     kept: Kept
     sampler: PyTree
-    """state of the method that chooses configurations"""
+    """who chooses configurations"""
 
 
 def _put(records: PyTree, slot: jax.Array, rows: PyTree) -> PyTree:
@@ -92,10 +93,17 @@ class _Tables(NamedTuple):
     """i32[brackets, rungs]: how many move up"""
     reached: np.ndarray
     """i32[brackets, rungs]: steps behind a trial at the end"""
+    level: np.ndarray
+    """i32[brackets, rungs]: these, counted from the lowest of all rungs"""
     offset: np.ndarray
     """i32[brackets]: where a bracket's members begin in an array of all members"""
     members: int
     """members of all first rungs"""
+
+
+def levels_of(brackets: tuple[Bracket, ...]) -> list[int]:
+    """The numbers of steps at which trials are compared, ascending."""
+    return sorted({rung.steps for ladder in brackets for rung in ladder})
 
 
 def _tables(brackets: tuple[Bracket, ...]) -> _Tables:
@@ -105,7 +113,8 @@ def _tables(brackets: tuple[Bracket, ...]) -> _Tables:
         for i, rung in enumerate(ladder):
             up[b, i], reached[b, i] = kept(ladder, i), rung.steps
     sizes = np.array([ladder[0].members for ladder in brackets])
-    return _Tables(up, reached, (np.cumsum(sizes) - sizes).astype(np.int32), int(sizes.sum()))
+    level = np.searchsorted(levels_of(brackets), reached).astype(np.int32)
+    return _Tables(up, reached, level, (np.cumsum(sizes) - sizes).astype(np.int32), int(sizes.sum()))
 
 
 def _climb(kept_: Kept, standing: jax.Array, tables: _Tables) -> Kept:
@@ -132,28 +141,23 @@ def _functions(
     brackets: tuple[Bracket, ...],
     batch: int,
     in_flight: int,
-    sampler_init: Callable,
-    sampler_ask: Callable,
-    sampler_tell: Callable,
-    sampler_reserve: Callable,
+    sampling: Sampling,
 ) -> tuple[Callable, Callable, Callable, Callable]:
     tables, plan = _tables(brackets), schedule(brackets, batch, in_flight)
     rounds, slots = plan.rounds, plan.slots
 
     def init(key: jax.Array, settings: PyTree) -> State:
-        inner = sampler_init(key, settings["sampler"])
-        rows = jax.eval_shape(lambda s: sampler_ask(jax.random.key(0), s)[0], inner)
-        empty = lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype)  # noqa: E731
+        sampler = sampling.init(key, settings)
+        unit, aux = sampling.blank(sampler, slots)
         nobody = jnp.full(slots, -1, jnp.int32)
-        unit = empty(rows.unit)
         record = Kept(
             place=Place(nobody, nobody, nobody, nobody),
             unit=unit,
             loss=jnp.full(slots, jnp.inf, unit.dtype),
             done=jnp.zeros(slots, bool),
-            aux=jax.tree.map(empty, rows.aux),
+            aux=aux,
         )
-        return State(count(), record, inner)
+        return State(count(), record, sampler)
 
     def ask(key: jax.Array, state: State, pending: Trials | None = None) -> tuple[Trials, State]:
         del pending
@@ -163,16 +167,14 @@ def _functions(
         fresh = planned & table.fresh
         records = _climb(state.kept, table.standing, tables)
 
-        def draw(inner: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
-            drawn, inner = sampler_ask(key, inner)
-            return drawn.unit, drawn.aux, inner
-
-        def rest(inner: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
-            shapes = jax.eval_shape(draw, inner)
-            blank = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
-            return *jax.tree.map(blank, shapes[:2]), inner
-
-        drawn, aux, inner = jax.lax.cond(fresh.any(), draw, rest, state.sampler)
+        level = jnp.asarray(tables.level)
+        training = Training(
+            records.unit,
+            level[records.place.bracket, records.place.rung],
+            records.aux,
+            (records.place.bracket >= 0) & ~records.done,
+        )
+        drawn, aux, sampler = sampling.ask(key, state.sampler, fresh, level[table.bracket, table.rung], training)
 
         at = jnp.asarray(tables.offset)[table.bracket] + table.member
         owner = records.place.bracket
@@ -187,8 +189,8 @@ def _functions(
         held = jax.tree.map(lambda x: x[jnp.minimum(slot, slots - 1)], records)
         trial = jnp.where(fresh, table.trial, held.place.trial)
         place = Place(table.bracket, table.rung, table.member, trial)
-        unit = jnp.where(fresh[:, None], drawn[turn], held.unit)
-        aux = where_rows(fresh, jax.tree.map(lambda x: x[turn], aux), held.aux)
+        unit = jnp.where(fresh[:, None], drawn, held.unit)
+        aux = where_rows(fresh, aux, held.aux)
         begun = Kept(place, unit, jnp.full(batch, jnp.inf, unit.dtype), jnp.zeros(batch, bool), aux)
         records = _put(records, jnp.where(fresh, slot, slots), begun)
 
@@ -205,7 +207,7 @@ def _functions(
         # A failed member leaves a gap; active rows come first, then the gaps, then what was never planned.
         order = jnp.argsort(2 - planned.astype(jnp.int32) - active, stable=True)
         trials = jax.tree.map(lambda x: x[order], trials)
-        return trials, State(Count(state.round.value + 1), records, inner)
+        return trials, State(Count(state.round.value + 1), records, sampler)
 
     def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
         del gradients
@@ -219,41 +221,37 @@ def _functions(
             row.place, trials.unit, ranked(losses).astype(trials.unit.dtype), row.ends | failed(losses), row.aux
         )
         records = _put(state.kept, jnp.where(known, row.slot, slots), told)
-        learns = trials.active & (~trained | ((row.ends | failed(losses)) & (row.place.rung == 0)))
+        learns = trials.active & (~trained | row.ends | failed(losses))
         seen = trials._replace(aux=row.aux, active=learns, steps=row.reached)
-        return State(state.round, records, sampler_tell(state.sampler, seen, losses))
+        level = jnp.asarray(tables.level)
+        level = jnp.where(trained, level[row.place.bracket, row.place.rung], level.max())
+        first = ~trained | (row.place.rung == 0)
+        return State(state.round, records, sampling.tell(state.sampler, seen, losses, level, first))
 
     def reserve(state: State, capacity: int) -> State:
-        return state._replace(sampler=sampler_reserve(state.sampler, capacity))
+        return state._replace(sampler=sampling.reserve(state.sampler, capacity))
 
     return init, ask, tell, reserve
 
 
 def race(
     name: str,
-    space: PyTree | Space,
+    space: Space,
     brackets: tuple[Bracket, ...],
     *,
     batch: int,
     in_flight: int,
-    sampler: Callable,
+    sampling: Sampling,
+    settings: PyTree,
 ) -> Method:
-    """A `Method` in which the trials of `brackets` race; `sampler(space, batch=batch)` chooses the configurations."""
-    space = Space.of(space)
+    """A `Method` in which the trials of `brackets` race, and `sampling` with its `settings` chooses them."""
     trials = sum(ladder[0].members for ladder in brackets)
     if trials > MOST_TRIALS:
         raise ValueError(
             f"'{name}' would start {trials:,} trials, more than {MOST_TRIALS:,}; raise min_steps, or lower max_steps"
         )
-    inner = sampler(space, batch=batch)
-    if inner.slots or inner.rounds is not None or inner.batch != batch:
-        raise ValueError(
-            f"sampler gave the method '{inner.name}', which ends by itself, trains by itself or has another batch than "
-            f"{batch}; give the builder of a black-box method, such as hpo.random"
-        )
-    parts = bare(inner.init), inner.ask, inner.tell, inner.reserve
-    init, ask, tell, reserve = _functions(space, brackets, batch, in_flight, *parts)
-    plan, settings = schedule(brackets, batch, in_flight), {"sampler": inner.settings}
+    init, ask, tell, reserve = _functions(space, brackets, batch, in_flight, sampling)
+    plan = schedule(brackets, batch, in_flight)
     return Method(
         name=name,
         space=space,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxhpo.bandit.race import race
+from jaxhpo.bandit.sampling import inner_of, one
 from jaxhpo.bandit.schedule import halving
 from jaxhpo.checks import whole
 from jaxhpo.method import Method
@@ -58,4 +59,9 @@ def successive_halving(
     if min_steps > max_steps:
         raise ValueError(f"min_steps must be at most max_steps={max_steps}, got {min_steps}; lower it")
     bracket = halving(trials, min_steps, max_steps, eta)
-    return race("successive_halving", Space.of(space), (bracket,), batch=batch, in_flight=1, sampler=sampler)
+    space = Space.of(space)
+    inner, settings = inner_of(sampler, space, batch)
+    sampling, settings = one(inner, planned=True), {"sampler": settings}
+    return race(
+        "successive_halving", space, (bracket,), batch=batch, in_flight=1, sampling=sampling, settings=settings
+    )

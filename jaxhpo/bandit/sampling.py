@@ -1,0 +1,261 @@
+"""Who chooses the configurations of new trials in a race: one method, or one for every level of training.
+
+A level is a number of training steps at which trials are compared; the lowest is 0. Where every level has a method of
+its own, their states are stacked, and each is told the trials that have reached its level, when they have reached it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxhpo.method import Method, PyTree, Trials, bare, keep, where_rows
+from jaxhpo.space import Space
+
+WIDTH = 4
+ROWS = 1024
+
+
+class Training(NamedTuple):
+    """The trials that are on their way to a level."""
+
+    unit: jax.Array
+    """float[n, dims]"""
+    level: jax.Array
+    """i32[n]: which they reach next"""
+    aux: PyTree
+    """what the method remembers of each"""
+    active: jax.Array
+    """bool[n]: False where there is no trial"""
+
+
+class Sampling(NamedTuple):
+    """How configurations are chosen."""
+
+    init: Callable
+    """(key, settings) -> state"""
+    ask: Callable
+    """(key, state, fresh, level, training) -> (unit, aux, state): for every row that is `fresh`, bool[batch], and whose
+    first level is `level`, i32[batch], a configuration and what the method remembers of it"""
+    tell: Callable
+    """(state, trials, losses, level, first) -> state: the active rows have reached `level`, i32[rows], which is the
+    `first` level of the trial, bool[rows], or not"""
+    reserve: Callable
+    """(state, capacity) -> state with room for that many told trials"""
+    blank: Callable
+    """(state, rows) -> (unit, aux): zeros in the shape of that many configurations and of what is remembered of them"""
+
+
+class Inner(NamedTuple):
+    """The functions of the method that chooses, and the structure of its state."""
+
+    init: Callable
+    ask: Callable
+    tell: Callable
+    reserve: Callable
+    structure: Any
+
+    def hidden(self, state: PyTree) -> tuple[jax.Array, ...]:
+        """The leaves of a state: where who is asked depends on the data, what it counts is no `Count`."""
+        return tuple(jax.tree.leaves(state))
+
+    def shown(self, leaves: tuple[jax.Array, ...]) -> PyTree:
+        """The inverse of `hidden`."""
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def drawn(self, key: jax.Array, leaves: tuple[jax.Array, ...], pending: Trials | None = None) -> tuple:
+        """What an ask gives: its points, what the method remembers of them, and the leaves of its state after it."""
+        trials, state = self.ask(key, self.shown(leaves), *([] if pending is None else [pending]))
+        return trials.unit, trials.aux, self.hidden(state)
+
+    def blank(self, state: PyTree, rows: int) -> tuple[jax.Array, PyTree]:
+        """Zeros in the shape of `rows` points and of what the method remembers of them."""
+        shapes = jax.eval_shape(lambda s: self.ask(jax.random.key(0), s)[0], state)
+        return jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), (shapes.unit, shapes.aux))
+
+
+def inner_of(sampler: Callable, space: Space, batch: int) -> tuple[Inner, PyTree]:
+    """What `sampler(space, batch=batch)` builds: its functions and its settings.
+
+    Raises:
+      ValueError: it is no method that can choose configurations.
+    """
+    method: Method = sampler(space, batch=batch)
+    if method.slots or method.rounds is not None or method.batch != batch:
+        raise ValueError(
+            f"sampler gave the method '{method.name}', which ends by itself, trains by itself or has another batch "
+            f"than {batch}; give the builder of a black-box method, such as hpo.random"
+        )
+    shape = jax.eval_shape(lambda: bare(method.init)(jax.random.key(0), method.settings))
+    inner = Inner(bare(method.init), method.ask, method.tell, method.reserve, jax.tree.structure(shape))
+    return inner, method.settings
+
+
+@functools.lru_cache(maxsize=256)
+def one(inner: Inner, planned: bool) -> Sampling:
+    """One method for all levels, told every trial once: when it has reached its first.
+
+    Args:
+      inner: the method.
+      planned: whether it is known beforehand which rounds have fresh rows, so that what the method counts does not
+        depend on the data.
+    """
+    hidden, shown = ((lambda x: x), (lambda x: x)) if planned else (inner.hidden, inner.shown)
+
+    def init(key: jax.Array, settings: PyTree) -> PyTree:
+        return hidden(inner.init(key, settings["sampler"]))
+
+    def ask(
+        key: jax.Array, state: PyTree, fresh: jax.Array, level: jax.Array, training: Training
+    ) -> tuple[jax.Array, PyTree, PyTree]:
+        del level, training
+
+        def draw(state: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
+            trials, after = inner.ask(key, shown(state))
+            return trials.unit, trials.aux, hidden(after)
+
+        def rest(state: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
+            return *blank(state, fresh.shape[0]), state
+
+        unit, aux, state = lax.cond(fresh.any(), draw, rest, state)
+        turn = jnp.cumsum(fresh) - 1
+        return *jax.tree.map(lambda x: x[turn], (unit, aux)), state
+
+    def tell(state: PyTree, trials: Trials, losses: jax.Array, level: jax.Array, first: jax.Array) -> PyTree:
+        del level
+        return hidden(inner.tell(shown(state), trials._replace(active=trials.active & first), losses))
+
+    def reserve(state: PyTree, capacity: int) -> PyTree:
+        return hidden(inner.reserve(shown(state), capacity))
+
+    def blank(state: PyTree, rows: int) -> tuple[jax.Array, PyTree]:
+        return inner.blank(shown(state), rows)
+
+    return Sampling(init, ask, tell, keep if inner.reserve is keep else reserve, blank)
+
+
+class Stack(NamedTuple):
+    """The methods of all levels."""
+
+    states: tuple[jax.Array, ...]
+    """leaves of their states, leading axis = levels"""
+    told: jax.Array
+    """i32[levels]: how many trials with a finite loss each was told"""
+    chance: jax.Array
+    """float[]: of a configuration that no method chooses"""
+
+
+def _start(inner: Inner, levels: int, key: jax.Array, settings: PyTree) -> Stack:
+    states = jax.vmap(lambda k: inner.hidden(inner.init(k, settings["sampler"])))(jax.random.split(key, levels))
+    return Stack(states, jnp.zeros(levels, jnp.int32), settings["random_fraction"])
+
+
+def _told(inner: Inner, stack: Stack, trials: Trials, losses: jax.Array, level: jax.Array) -> Stack:
+    """The stack after every method was told the active rows of its level, a few at a time."""
+    levels, rows = stack.told.shape[0], losses.shape[0]
+    width = min(WIDTH, rows)
+    spare = -rows % width
+
+    def tell(_: None, one: tuple) -> tuple[None, tuple]:
+        leaves, here = one
+        mine = trials.active & (level == here)
+        order = jnp.pad(jnp.argsort(~mine, stable=True), (0, spare))
+        number = mine.sum(dtype=jnp.int32)
+
+        def some(i: jax.Array, leaves: tuple) -> tuple:
+            at = lax.dynamic_slice_in_dim(order, i * width, width)
+            part = jax.tree.map(lambda x: x[at], trials)
+            part = part._replace(active=i * width + jnp.arange(width) < number)
+            return inner.hidden(inner.tell(inner.shown(leaves), part, losses[at]))
+
+        return None, lax.fori_loop(0, (number + width - 1) // width, some, leaves)
+
+    _, states = lax.scan(tell, None, (stack.states, jnp.arange(levels, dtype=jnp.int32)))
+    counts = trials.active & jnp.isfinite(losses) & (level == jnp.arange(levels)[:, None])
+    return stack._replace(states=states, told=stack.told + counts.sum(1, dtype=jnp.int32))
+
+
+def _room(inner: Inner, stack: Stack, capacity: int) -> Stack:
+    room = lambda leaves: inner.hidden(inner.reserve(inner.shown(leaves), min(capacity, ROWS)))  # noqa: E731
+    return stack._replace(states=jax.vmap(room)(stack.states))
+
+
+@functools.lru_cache(maxsize=256)
+def largest(inner: Inner, space: Space, levels: int, batch: int, enough: int) -> Sampling:
+    """The method of the highest level that was told enough trials chooses; before there is one, chance does.
+
+    Args:
+      inner: the method that every level has.
+      space: what is searched.
+      levels: how many.
+      batch: rows of an ask.
+      enough: trials with a finite loss, at least 1.
+    """
+
+    def init(key: jax.Array, settings: PyTree) -> Stack:
+        return _start(inner, levels, key, settings)
+
+    def ask(
+        key: jax.Array, stack: Stack, fresh: jax.Array, level: jax.Array, training: Training
+    ) -> tuple[jax.Array, PyTree, Stack]:
+        del level
+        key_unit, key_chance, key_ask = jax.random.split(key, 3)
+        able = stack.told >= enough
+        best = jnp.max(jnp.where(able, jnp.arange(levels, dtype=jnp.int32), 0))
+        by_chance = (jax.random.uniform(key_chance, (batch,)) < stack.chance) | ~able.any()
+        leaves = tuple(x[best] for x in stack.states)
+        pending = _pending(space, training._replace(active=training.active & (training.level <= best)))
+
+        def draw(leaves: tuple) -> tuple:
+            return inner.drawn(key_ask, leaves, pending)
+
+        def rest(leaves: tuple) -> tuple:
+            return *blank(stack, batch), leaves
+
+        unit, aux, leaves = lax.cond((fresh & ~by_chance).any(), draw, rest, leaves)
+        states = tuple(x.at[best].set(new) for x, new in zip(stack.states, leaves, strict=True))
+        turn = jnp.cumsum(fresh & ~by_chance) - 1
+        unit, aux = jax.tree.map(lambda x: x[turn], (unit, aux))
+        unit = jnp.where(by_chance[:, None], space.sample(key_unit, batch).astype(unit.dtype), unit)
+        return unit, aux, stack._replace(states=states)
+
+    def tell(stack: Stack, trials: Trials, losses: jax.Array, level: jax.Array, first: jax.Array) -> Stack:
+        del first
+        return _told(inner, stack, trials, losses, level)
+
+    def blank(stack: Stack, rows: int) -> tuple[jax.Array, PyTree]:
+        return inner.blank(inner.shown(tuple(x[0] for x in stack.states)), rows)
+
+    return Sampling(init, ask, tell, functools.partial(_room, inner), blank)
+
+
+def _pending(space: Space, training: Training) -> Trials:
+    """What is still training, as trials that were asked for and are not told."""
+    n = training.active.shape[0]
+    none = jnp.full(n, -1, jnp.int32)
+    unit, aux, active = training.unit, training.aux, training.active
+    return Trials(space.decode(unit), unit, none, none * 0, none, none * 0, active, aux)
+
+
+@functools.lru_cache(maxsize=256)
+def pooled(inner: Inner, space: Space, levels: int, batch: int, enough: int) -> Sampling:
+    """One method is told what came of a trial at every level: a loss at a higher level is lower than any at a lower.
+
+    Arguments as in `largest`. The method is to look at the order of the losses only, as `tpe` does.
+    """
+    base = largest(inner, space, 1, batch, enough)
+
+    def ask(
+        key: jax.Array, stack: Stack, fresh: jax.Array, level: jax.Array, training: Training
+    ) -> tuple[jax.Array, PyTree, Stack]:
+        return base.ask(key, stack, fresh, level, training._replace(level=jnp.zeros_like(training.level)))
+
+    def tell(stack: Stack, trials: Trials, losses: jax.Array, level: jax.Array, first: jax.Array) -> Stack:
+        squashed = losses / (1 + jnp.abs(losses))
+        ordered = jnp.where(jnp.isfinite(losses), 2.0 * (levels - 1 - level) + squashed, losses).astype(losses.dtype)
+        return base.tell(stack, trials, ordered, jnp.zeros_like(level), first)
+
+    return Sampling(base.init, ask, tell, base.reserve, base.blank)
