@@ -1,8 +1,8 @@
 """How soon methods that stop trials early find good ones, on surrogates and tables of learning curves.
 
-    python benchmarks/fidelity_quality.py --suite SUITE.py --data DATA --out OUT.jsonl          # LCBench, curves as JSON
+    python benchmarks/fidelity_quality.py --suite SUITE.py --data DATA --out OUT.jsonl      # LCBench
     python benchmarks/fidelity_quality.py --suite SUITE.py --data DATA --only asha --seeds 10
-    python benchmarks/fidelity_quality.py --data DATA --taskset                                 # TaskSet, a table
+    python benchmarks/fidelity_quality.py --data DATA --taskset                             # TaskSet
 
 LCBench: five tasks, 52 epochs, one trial at a time. After each 52 epochs spent, the error at epoch 52 of the incumbent:
 the trial that got furthest, of those the one with the lowest error there; the running minimum of that. All seeds and
@@ -35,8 +35,9 @@ def lcbench_methods(space):
         "hyperband": lambda: hpo.hyperband(space, **ladder, cycles=3, in_flight=1),
         "asha": lambda: hpo.asha(space, **ladder),
         "bohb": lambda: hpo.bohb(space, **ladder),
-        "bohb-hb": lambda: hpo.bohb(space, **ladder, scheduler="hyperband", cycles=3, in_flight=1),
-        "bohb-pooled": lambda: hpo.bohb(space, **ladder, model="pooled"),
+        "bohb_hyperband": lambda: hpo.bohb(space, **ladder, scheduler="hyperband", cycles=3, in_flight=1),
+        "bohb_pooled": lambda: hpo.bohb(space, **ladder, model="pooled"),
+        "dehb": lambda: hpo.dehb(space, **ladder),
         "random": lambda: hpo.successive_halving(space, trials=1, min_steps=EPOCHS, **ladder),
     }
 
@@ -97,7 +98,9 @@ def load_lcbench(suite_path, data):
     hparams, epochs, which = space.decode(unit), rng.integers(1, EPOCHS + 1, 200), rng.integers(0, len(TASKS), 200)
     ours = jax.vmap(functools.partial(surrogate, weights))(tasks[which], hparams, epochs.astype(np.float32))
     native = [{n: float(hparams[n][i]) for n in hparams} for i in range(200)]
-    theirs = [100 - suite.lcbench(TASKS[t], x, e)["val_accuracy"] for t, x, e in zip(which, native, epochs, strict=True)]
+    theirs = [
+        100 - suite.lcbench(TASKS[t], x, e)["val_accuracy"] for t, x, e in zip(which, native, epochs, strict=True)
+    ]
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
     return weights, tasks, space
 

@@ -12,7 +12,7 @@ from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
 # How it is searched.
-from jaxhpo.bandit import asha, bohb, hyperband, successive_halving
+from jaxhpo.bandit import asha, bohb, dehb, hyperband, successive_halving
 from jaxhpo.exhaustive import grid
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm
 from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
@@ -53,6 +53,7 @@ __all__ = [
     "bohb",
     "cma_es",
     "coordinate_descent",
+    "dehb",
     "differential_evolution",
     "external",
     "flax_trainable",

@@ -2,7 +2,8 @@
 
 from jaxhpo.bandit.asha import asha
 from jaxhpo.bandit.bohb import bohb
+from jaxhpo.bandit.dehb import dehb
 from jaxhpo.bandit.hyperband import hyperband
 from jaxhpo.bandit.successive_halving import successive_halving
 
-__all__ = ["asha", "bohb", "hyperband", "successive_halving"]
+__all__ = ["asha", "bohb", "dehb", "hyperband", "successive_halving"]

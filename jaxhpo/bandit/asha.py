@@ -7,8 +7,8 @@ parallel hyperparameter tuning, MLSys, Algorithm 2.
 from collections.abc import Callable
 from typing import Any
 
-from jaxhpo.bandit.promotion import promotion
 from jaxhpo.bandit.sampling import inner_of, one
+from jaxhpo.bandit.schedulers import scheduled
 from jaxhpo.checks import whole
 from jaxhpo.method import Method
 from jaxhpo.space import Space
@@ -61,32 +61,16 @@ def asha(
       True
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
-    rungs = read_rungs(max_steps, eta, min_steps)
     inner, settings = inner_of(sampler, space, batch)
-    sampling, settings = one(inner, planned=False), {"sampler": settings}
-    room = read_paused(paused, batch)
-    return promotion("asha", space, rungs, eta, batch=batch, paused=room, sampling=sampling, settings=settings)
-
-
-def read_paused(paused: int | None, batch: int) -> int:
-    """How many training states beside those in the lanes are kept.
-
-    Raises:
-      ValueError, TypeError: the number is out of its range.
-    """
-    return max(batch, 16) if paused is None else whole("paused", paused, 0, "0 is to keep none")
-
-
-def read_rungs(max_steps: int, eta: int, min_steps: int) -> tuple[int, ...]:
-    """The steps at which trials are compared.
-
-    Raises:
-      ValueError, TypeError: a number is out of its range.
-    """
-    max_steps, eta = whole("max_steps", max_steps, 1, most=2**31 - 1), whole("eta", eta, 2)
-    rungs = [whole("min_steps", min_steps, 1)]
-    if rungs[0] > max_steps:
-        raise ValueError(f"min_steps must be at most max_steps={max_steps}, got {min_steps}; lower it")
-    while rungs[-1] * eta < max_steps:
-        rungs.append(rungs[-1] * eta)
-    return (*rungs, max_steps) if rungs[-1] < max_steps else tuple(rungs)
+    return scheduled(
+        "asha",
+        "asha",
+        space,
+        lambda levels: one(inner, planned=False),
+        {"sampler": settings},
+        max_steps=max_steps,
+        eta=eta,
+        min_steps=min_steps,
+        batch=batch,
+        paused=paused,
+    )

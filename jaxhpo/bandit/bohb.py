@@ -9,17 +9,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxhpo.bandit.asha import read_paused, read_rungs
-from jaxhpo.bandit.hyperband import read_brackets
-from jaxhpo.bandit.promotion import promotion
-from jaxhpo.bandit.race import levels_of, race
 from jaxhpo.bandit.sampling import inner_of, largest, pooled
+from jaxhpo.bandit.schedulers import scheduled
 from jaxhpo.checks import one_of, real, whole
 from jaxhpo.method import Method
 from jaxhpo.sequential.tpe import tpe
 from jaxhpo.space import Space, working_dtype
 
-SCHEDULERS = ("hyperband", "asha")
 MODELS = {"largest": largest, "pooled": pooled}
 
 
@@ -37,7 +33,7 @@ def bohb(
     sampler: Callable = tpe,
     model: str = "largest",
     enough: int | None = None,
-    random_fraction: float = 0.2,
+    random_fraction: float = 0.0,
 ) -> Method:
     """Trials that race for training steps, chosen by a model of what those before them reached.
 
@@ -59,7 +55,8 @@ def bohb(
       model: "largest", as above; or "pooled", one model for all numbers of steps, for which trials that got further
         are better than those that did not: for methods that only look at the order of losses, as `tpe` does.
       enough: trials with a finite loss that a model needs before it may choose; `dims + 3` if not given.
-      random_fraction: share of trials that are chosen by chance, in [0, 1].
+      random_fraction: share of trials that are chosen by chance, in [0, 1]. BOHB's authors take a third; `tpe` explores
+        by itself.
 
     Returns:
       A `Method`, which with Hyperband ends by itself. Its settings are `{"sampler": ..., "random_fraction": ...}`.
@@ -77,16 +74,21 @@ def bohb(
       True
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
-    one_of("scheduler", scheduler, SCHEDULERS)
     one_of("model", model, MODELS)
     enough = space.dims + 3 if enough is None else whole("enough", enough, 1)
-    chance = jnp.asarray(real("random_fraction", random_fraction, 0, 1, "0.2 is usual"), working_dtype())
+    chance = real("random_fraction", random_fraction, 0, 1, "a third is usual for models that never explore")
     inner, settings = inner_of(sampler, space, batch)
-    settings = {"sampler": settings, "random_fraction": chance}
-    if scheduler == "asha":
-        rungs, room = read_rungs(max_steps, eta, min_steps), read_paused(paused, batch)
-        sampling = MODELS[model](inner, space, len(rungs), batch, enough)
-        return promotion("bohb", space, rungs, eta, batch=batch, paused=room, sampling=sampling, settings=settings)
-    brackets, in_flight = read_brackets(max_steps, eta, min_steps, cycles, in_flight)
-    sampling = MODELS[model](inner, space, len(levels_of(brackets)), batch, enough)
-    return race("bohb", space, brackets, batch=batch, in_flight=in_flight, sampling=sampling, settings=settings)
+    return scheduled(
+        "bohb",
+        scheduler,
+        space,
+        lambda levels: MODELS[model](inner, space, levels, batch, enough),
+        {"sampler": settings, "random_fraction": jnp.asarray(chance, working_dtype())},
+        max_steps=max_steps,
+        eta=eta,
+        min_steps=min_steps,
+        batch=batch,
+        cycles=cycles,
+        in_flight=in_flight,
+        paused=paused,
+    )

@@ -7,9 +7,8 @@ hyperparameter optimization, JMLR 18(185), Algorithm 1; the sizes of the bracket
 from collections.abc import Callable
 from typing import Any
 
-from jaxhpo.bandit.race import race
 from jaxhpo.bandit.sampling import inner_of, one
-from jaxhpo.bandit.schedule import Bracket, hyperband_brackets
+from jaxhpo.bandit.schedulers import scheduled
 from jaxhpo.checks import whole
 from jaxhpo.method import Method
 from jaxhpo.space import Space
@@ -55,23 +54,17 @@ def hyperband(
       25
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
-    brackets, in_flight = read_brackets(max_steps, eta, min_steps, cycles, in_flight)
     inner, settings = inner_of(sampler, space, batch)
-    sampling, settings = one(inner, planned=True), {"sampler": settings}
-    return race("hyperband", space, brackets, batch=batch, in_flight=in_flight, sampling=sampling, settings=settings)
-
-
-def read_brackets(
-    max_steps: int, eta: int, min_steps: int, cycles: int, in_flight: int | None
-) -> tuple[tuple[Bracket, ...], int]:
-    """The brackets of some cycles of Hyperband, and how many of them run at the same time.
-
-    Raises:
-      ValueError, TypeError: a number is out of its range.
-    """
-    max_steps, eta = whole("max_steps", max_steps, 1, most=2**31 - 1), whole("eta", eta, 2)
-    min_steps, cycles = whole("min_steps", min_steps, 1), whole("cycles", cycles, 1)
-    if min_steps > max_steps:
-        raise ValueError(f"min_steps must be at most max_steps={max_steps}, got {min_steps}; lower it")
-    brackets = hyperband_brackets(max_steps, eta, min_steps) * cycles
-    return brackets, len(brackets) if in_flight is None else min(whole("in_flight", in_flight, 1), len(brackets))
+    return scheduled(
+        "hyperband",
+        "hyperband",
+        space,
+        lambda levels: one(inner, planned=True),
+        {"sampler": settings},
+        max_steps=max_steps,
+        eta=eta,
+        min_steps=min_steps,
+        batch=batch,
+        cycles=cycles,
+        in_flight=in_flight,
+    )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhpo.method import Method, PyTree, Trials, bare, keep, where_rows
+from jaxhpo.method import Method, PyTree, Trials, bare, keep
 from jaxhpo.space import Space
 
 WIDTH = 4
@@ -153,11 +153,24 @@ def _start(inner: Inner, levels: int, key: jax.Array, settings: PyTree) -> Stack
     return Stack(states, jnp.zeros(levels, jnp.int32), settings["random_fraction"])
 
 
-def _told(inner: Inner, stack: Stack, trials: Trials, losses: jax.Array, level: jax.Array) -> Stack:
+class Made(NamedTuple):
+    """What a row remembers of how it was chosen."""
+
+    level: jax.Array
+    """i32[rows]: whose method has chosen it, -1 is chance"""
+    aux: PyTree
+    """what that method remembers"""
+
+
+def _told(
+    inner: Inner, stack: Stack, trials: Trials, losses: jax.Array, level: jax.Array, adopt: Callable | None
+) -> Stack:
     """The stack after every method was told the active rows of its level, a few at a time."""
     levels, rows = stack.told.shape[0], losses.shape[0]
     width = min(WIDTH, rows)
     spare = -rows % width
+    made: Made = trials.aux
+    trials = trials._replace(aux=made.aux)
 
     def tell(_: None, one: tuple) -> tuple[None, tuple]:
         leaves, here = one
@@ -169,7 +182,10 @@ def _told(inner: Inner, stack: Stack, trials: Trials, losses: jax.Array, level: 
             at = lax.dynamic_slice_in_dim(order, i * width, width)
             part = jax.tree.map(lambda x: x[at], trials)
             part = part._replace(active=i * width + jnp.arange(width) < number)
-            return inner.hidden(inner.tell(inner.shown(leaves), part, losses[at]))
+            state = inner.shown(leaves)
+            if adopt is not None:
+                part = part._replace(aux=adopt(state, part.aux, part.active & (made.level[at] < 0)))
+            return inner.hidden(inner.tell(state, part, losses[at]))
 
         return None, lax.fori_loop(0, (number + width - 1) // width, some, leaves)
 
@@ -184,7 +200,9 @@ def _room(inner: Inner, stack: Stack, capacity: int) -> Stack:
 
 
 @functools.lru_cache(maxsize=256)
-def largest(inner: Inner, space: Space, levels: int, batch: int, enough: int) -> Sampling:
+def largest(
+    inner: Inner, space: Space, levels: int, batch: int, enough: int, adopt: Callable | None = None
+) -> Sampling:
     """The method of the highest level that was told enough trials chooses; before there is one, chance does.
 
     Args:
@@ -193,6 +211,8 @@ def largest(inner: Inner, space: Space, levels: int, batch: int, enough: int) ->
       levels: how many.
       batch: rows of an ask.
       enough: trials with a finite loss, at least 1.
+      adopt: (state, aux, adopted) -> aux: what the method of a level is to remember of the rows where `adopted`,
+        bool[rows], which it has not chosen itself; what the one that chose them does if not given.
     """
 
     def init(key: jax.Array, settings: PyTree) -> Stack:
@@ -213,21 +233,23 @@ def largest(inner: Inner, space: Space, levels: int, batch: int, enough: int) ->
             return inner.drawn(key_ask, leaves, pending)
 
         def rest(leaves: tuple) -> tuple:
-            return *blank(stack, batch), leaves
+            unit, made = blank(stack, batch)
+            return unit, made.aux, leaves
 
         unit, aux, leaves = lax.cond((fresh & ~by_chance).any(), draw, rest, leaves)
         states = tuple(x.at[best].set(new) for x, new in zip(stack.states, leaves, strict=True))
         turn = jnp.cumsum(fresh & ~by_chance) - 1
         unit, aux = jax.tree.map(lambda x: x[turn], (unit, aux))
         unit = jnp.where(by_chance[:, None], space.sample(key_unit, batch).astype(unit.dtype), unit)
-        return unit, aux, stack._replace(states=states)
+        return unit, Made(jnp.where(by_chance, -1, best), aux), stack._replace(states=states)
 
     def tell(stack: Stack, trials: Trials, losses: jax.Array, level: jax.Array, first: jax.Array) -> Stack:
         del first
-        return _told(inner, stack, trials, losses, level)
+        return _told(inner, stack, trials, losses, level, adopt)
 
-    def blank(stack: Stack, rows: int) -> tuple[jax.Array, PyTree]:
-        return inner.blank(inner.shown(tuple(x[0] for x in stack.states)), rows)
+    def blank(stack: Stack, rows: int) -> tuple[jax.Array, Made]:
+        unit, aux = inner.blank(inner.shown(tuple(x[0] for x in stack.states)), rows)
+        return unit, Made(jnp.zeros(rows, jnp.int32), aux)
 
     return Sampling(init, ask, tell, functools.partial(_room, inner), blank)
 
@@ -236,7 +258,7 @@ def _pending(space: Space, training: Training) -> Trials:
     """What is still training, as trials that were asked for and are not told."""
     n = training.active.shape[0]
     none = jnp.full(n, -1, jnp.int32)
-    unit, aux, active = training.unit, training.aux, training.active
+    unit, aux, active = training.unit, training.aux.aux, training.active
     return Trials(space.decode(unit), unit, none, none * 0, none, none * 0, active, aux)
 
 

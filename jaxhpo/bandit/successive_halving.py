@@ -62,6 +62,4 @@ def successive_halving(
     space = Space.of(space)
     inner, settings = inner_of(sampler, space, batch)
     sampling, settings = one(inner, planned=True), {"sampler": settings}
-    return race(
-        "successive_halving", space, (bracket,), batch=batch, in_flight=1, sampling=sampling, settings=settings
-    )
+    return race("successive_halving", space, (bracket,), batch=batch, in_flight=1, sampling=sampling, settings=settings)
