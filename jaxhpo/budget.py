@@ -83,7 +83,8 @@ def read_budget(
     if "steps" in given and not method.slots:
         raise ValueError(f"steps={steps} was given, but the trials of '{method.name}' carry no steps; give trials")
     if not given and method.rounds is None:
-        raise ValueError(f"'{method.name}' does not end by itself; give a budget, such as trials=256")
+        example = "steps=10_000" if method.slots else "trials=256"
+        raise ValueError(f"'{method.name}' does not end by itself; give a budget, such as {example}")
     if method.rounds is not None:
         given["rounds"] = min(given.get("rounds", math.inf), method.rounds)
     return Budget(**given)

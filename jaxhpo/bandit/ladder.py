@@ -106,7 +106,9 @@ def rank(ladder: Ladder, entries: Entries) -> jax.Array:
     position = lax.fori_loop(0, steps, halve, jnp.zeros(entries.rung.shape, jnp.int32))
     in_buffer = jax.tree.map(lambda x: x[:, None], ladder.buffer)
     waiting = (in_buffer.rung == entries.rung) & _before(in_buffer, entries)
-    return position - _higher(ladder, entries.rung) + waiting.sum(0, dtype=jnp.int32)
+    found = position - _higher(ladder, entries.rung) + waiting.sum(0, dtype=jnp.int32)
+    # Behind the end of a full record, nobody knows how many have left.
+    return jnp.where(position < size, found, ladder.reached[entries.rung])
 
 
 def _higher(ladder: Ladder, rung: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxhpo.bandit import ladder as ladders
 from jaxhpo.bandit.ladder import NOWHERE, Entries, Ladder
-from jaxhpo.bandit.sampling import Sampling, Training
+from jaxhpo.bandit.sampling import Sampling, Training, given_up
 from jaxhpo.method import Initializer, Method, PyTree, Trials, failed, ranked, where_rows
 from jaxhpo.space import Space
 
@@ -105,6 +105,7 @@ def _functions(
         waits = (kept.trial >= 0) & ~training & ~promoted
         share = (rank + 1) / jnp.maximum(state.ladder.reached[kept.rung], 1)
         stays = waits & (_order(waits, share.astype(kept.loss.dtype), -kept.rung) < paused)
+        sampler = given_up(space, sampling, state.sampler, kept.unit, kept.aux, kept.rung, waits & ~stays)
         free = ~(training | promoted | stays)
         begins = free & (jnp.cumsum(free, dtype=jnp.int32) <= lanes - promoted.sum(dtype=jnp.int32))
         rung = jnp.where(begins, 0, kept.rung + promoted)
@@ -117,8 +118,8 @@ def _functions(
 
         slot = jnp.nonzero(trains, size=batch, fill_value=0)[0].astype(jnp.int32)
         fresh = begins[slot]
-        others = Training(kept.unit, kept.rung, kept.aux, trains & ~begins)
-        unit, aux, sampler = sampling.ask(key, state.sampler, fresh, jnp.zeros(batch, jnp.int32), others)
+        others = Training(kept.unit, kept.rung + stays, kept.aux, (trains | stays) & ~begins)
+        unit, aux, sampler = sampling.ask(key, sampler, fresh, jnp.zeros(batch, jnp.int32), others)
         held = jax.tree.map(lambda x: x[slot], kept)
         row = held._replace(
             trial=jnp.where(fresh, state.started + jnp.cumsum(fresh, dtype=jnp.int32) - 1, held.trial),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo.bandit.sampling import Sampling, Training
+from jaxhpo.bandit.sampling import Sampling, Training, given_up
 from jaxhpo.bandit.schedule import Bracket, kept, schedule
 from jaxhpo.method import Count, Initializer, Method, Trials, count, failed, ranked, where_rows
 from jaxhpo.space import Space
@@ -174,7 +174,11 @@ def _functions(
             records.aux,
             (records.place.bracket >= 0) & ~records.done,
         )
-        drawn, aux, sampler = sampling.ask(key, state.sampler, fresh, level[table.bracket, table.rung], training)
+        held = state.kept
+        left = (held.place.bracket >= 0) & (records.place.bracket < 0) & jnp.isfinite(held.loss)
+        reached = level[held.place.bracket, held.place.rung]
+        sampler = given_up(space, sampling, state.sampler, held.unit, held.aux, reached, left)
+        drawn, aux, sampler = sampling.ask(key, sampler, fresh, level[table.bracket, table.rung], training)
 
         at = jnp.asarray(tables.offset)[table.bracket] + table.member
         owner = records.place.bracket

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhpo.method import Method, PyTree, Trials, bare, keep
+from jaxhpo.method import Method, PyTree, Trials, bare, failed, keep
 from jaxhpo.space import Space
 
 WIDTH = 4
@@ -47,6 +47,8 @@ class Sampling(NamedTuple):
     """(state, capacity) -> state with room for that many told trials"""
     blank: Callable
     """(state, rows) -> (unit, aux): zeros in the shape of that many configurations and of what is remembered of them"""
+    ranks: bool = False
+    """whether it wants to be told of a trial that is given up: as one that fails on the way to the level above"""
 
 
 class Inner(NamedTuple):
@@ -165,7 +167,7 @@ class Made(NamedTuple):
 def _told(
     inner: Inner, stack: Stack, trials: Trials, losses: jax.Array, level: jax.Array, adopt: Callable | None
 ) -> Stack:
-    """The stack after every method was told the active rows of its level, a few at a time."""
+    """The stack after every method was told the rows of its level, and those that failed below, in small parts."""
     levels, rows = stack.told.shape[0], losses.shape[0]
     width = min(WIDTH, rows)
     spare = -rows % width
@@ -174,7 +176,7 @@ def _told(
 
     def tell(_: None, one: tuple) -> tuple[None, tuple]:
         leaves, here = one
-        mine = trials.active & (level == here)
+        mine = trials.active & ((level == here) | (failed(losses) & (level < here)))
         order = jnp.pad(jnp.argsort(~mine, stable=True), (0, spare))
         number = mine.sum(dtype=jnp.int32)
 
@@ -190,7 +192,7 @@ def _told(
         return None, lax.fori_loop(0, (number + width - 1) // width, some, leaves)
 
     _, states = lax.scan(tell, None, (stack.states, jnp.arange(levels, dtype=jnp.int32)))
-    counts = trials.active & jnp.isfinite(losses) & (level == jnp.arange(levels)[:, None])
+    counts = trials.active & ~failed(losses) & (level == jnp.arange(levels)[:, None])
     return stack._replace(states=states, told=stack.told + counts.sum(1, dtype=jnp.int32))
 
 
@@ -227,7 +229,8 @@ def largest(
         best = jnp.max(jnp.where(able, jnp.arange(levels, dtype=jnp.int32), 0))
         by_chance = (jax.random.uniform(key_chance, (batch,)) < stack.chance) | ~able.any()
         leaves = tuple(x[best] for x in stack.states)
-        pending = _pending(space, training._replace(active=training.active & (training.level <= best)))
+        waits = training.active & (training.level <= best)
+        pending = as_trials(space, training.unit, waits, training.aux.aux)
 
         def draw(leaves: tuple) -> tuple:
             return inner.drawn(key_ask, leaves, pending)
@@ -251,15 +254,23 @@ def largest(
         unit, aux = inner.blank(inner.shown(tuple(x[0] for x in stack.states)), rows)
         return unit, Made(jnp.zeros(rows, jnp.int32), aux)
 
-    return Sampling(init, ask, tell, functools.partial(_room, inner), blank)
+    return Sampling(init, ask, tell, functools.partial(_room, inner), blank, ranks=adopt is None)
 
 
-def _pending(space: Space, training: Training) -> Trials:
-    """What is still training, as trials that were asked for and are not told."""
-    n = training.active.shape[0]
-    none = jnp.full(n, -1, jnp.int32)
-    unit, aux, active = training.unit, training.aux.aux, training.active
+def as_trials(space: Space, unit: jax.Array, active: jax.Array, aux: PyTree) -> Trials:
+    """Trials of which nothing is known but these."""
+    none = jnp.full(active.shape[0], -1, jnp.int32)
     return Trials(space.decode(unit), unit, none, none * 0, none, none * 0, active, aux)
+
+
+def given_up(
+    space: Space, sampling: Sampling, state: PyTree, unit: jax.Array, aux: PyTree, level: jax.Array, active: jax.Array
+) -> PyTree:
+    """The state of a sampling after it was told of trials, arrays [rows, ...], that get no further than `level`."""
+    if not sampling.ranks:
+        return state
+    losses = jnp.full(unit.shape[0], jnp.inf, unit.dtype)
+    return sampling.tell(state, as_trials(space, unit, active, aux), losses, level + 1, jnp.zeros_like(active))
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,8 +7,8 @@ import pytest
 
 import jaxhpo as hpo
 from jaxhpo.bandit.schedule import halving, hyperband_brackets, schedule
+from tests.bandit.races import RACE, SPACE, trial_loss
 
-SPACE = hpo.Space({"x": hpo.Float(0.0, 1.0)})
 LI_ET_AL = {  # Li et al. 2018, Table 1: R = 81, eta = 3
     4: [(81, 1), (27, 3), (9, 9), (3, 27), (1, 81)],
     3: [(27, 3), (9, 9), (3, 27), (1, 81)],
@@ -16,18 +16,6 @@ LI_ET_AL = {  # Li et al. 2018, Table 1: R = 81, eta = 3
     1: [(6, 27), (2, 81)],
     0: [(5, 81)],
 }
-
-
-def trial_loss(x: float, steps: int) -> float:
-    """Exact in float32, with many ties, and an order of trials that changes with the steps."""
-    return float(np.float32(int(x * 4096) * (1 + steps) % 13))
-
-
-RACE = hpo.Trainable(
-    init=lambda key, h: (h["x"], jnp.int32(0)),
-    step=lambda key, state, h: (state[0], state[1] + 1),
-    evaluate=lambda state, h: jnp.asarray((state[0] * 4096).astype(jnp.int32) * (1 + state[1]) % 13, jnp.float32),
-)
 
 
 def plain_hyperband(brackets, loss):

@@ -1,0 +1,210 @@
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxhpo as hpo
+from jaxhpo.bandit.dehb import against_the_worst
+from jaxhpo.method import Count, black_box, count
+from tests.bandit.races import SPACE, run
+
+BOWL = hpo.Trainable(
+    init=lambda key, h: (h["x"], jnp.int32(0)),
+    step=lambda key, state, h: (state[0], state[1] + 1),
+    evaluate=lambda state, h: jnp.abs(state[0] - 0.7) + 1 / (1.0 + state[1]),
+)
+
+
+class Memo(NamedTuple):
+    """What a method was told, and how often it was asked."""
+
+    told: jax.Array
+    steps: jax.Array
+    pending: jax.Array
+    asked: Count
+
+
+def memo(space, *, batch):
+    """A method whose points say what its state is: 0.5 + told / 1024 + the last digit of pending / 65536."""
+
+    def init(key, settings=None):
+        zero = jnp.int32(0)
+        return Memo(zero, zero, zero, count())
+
+    def ask(key, state, pending=None):
+        waits = 0 if pending is None else pending.active.sum()
+        unit = jnp.full((batch, 1), 0.5) + state.told / 1024 + waits / 65536
+        return black_box(space, unit, state.asked.value), state._replace(
+            asked=Count(state.asked.value + batch), pending=jnp.int32(waits)
+        )
+
+    def tell(state, trials, losses, gradients=None):
+        steps = jnp.where(trials.active, trials.steps, 0)
+        return state._replace(
+            told=state.told + trials.active.sum(dtype=jnp.int32), steps=state.steps + steps.sum(dtype=jnp.int32)
+        )
+
+    return hpo.Method("memo", space, (), init, ask, tell, batch)
+
+
+def stacked(state):
+    """The memos of all levels."""
+    return Memo(*[x.tolist() for x in state.sampler.states])
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband"])
+def test_every_level_is_told_who_has_reached_it(scheduler):
+    method = hpo.bohb(SPACE, max_steps=27, scheduler=scheduler, sampler=memo, batch=4, enough=1000)
+    state, trace = run(method, None if scheduler == "hyperband" else 150)
+    active, reached = trace.trials.active, trace.reached
+    ends = [int((active & (reached == level)).sum()) for level in (1, 3, 9, 27)]
+    memos = stacked(state)
+    assert memos.steps == [n * s for n, s in zip(ends, (1, 3, 9, 27), strict=True)]
+    assert state.sampler.told.tolist() == ends and min(ends) > 0
+    # A trial that is given up has failed to reach the levels above.
+    trials = int(trace.trials.id.max()) + 1
+    assert memos.told[0] == ends[0] and all(
+        n < told <= trials for n, told in zip(ends[1:], memos.told[1:], strict=True)
+    )
+    assert memos.asked == [0, 0, 0, 0], "none knew enough, so chance has chosen"
+    assert len(np.unique(trace.trials.unit[active])) > 40
+
+
+def test_the_highest_level_that_knows_enough_chooses():
+    method = hpo.bohb(SPACE, max_steps=9, sampler=memo, batch=3, enough=4)
+    state, trace = run(method, 60)
+    told = {1: 0, 3: 0, 9: 0}
+    chosen_by = set()
+    seen = set()
+    for ids, unit, reached in zip(trace.trials.id, trace.trials.unit[..., 0], trace.reached, strict=True):
+        able = [level for level in told if told[level] >= 4]
+        new = [i for i in range(3) if int(ids[i]) not in seen]
+        for i in new:
+            seen.add(int(ids[i]))
+            if able:
+                known = int((float(unit[i]) - 0.5) * 1024)
+                assert known == told[max(able)]
+                chosen_by.add(max(able))
+        for steps in reached.tolist():
+            if steps in told:
+                told[steps] += 1
+    assert chosen_by == {1, 3, 9}
+
+
+def test_what_is_on_its_way_to_the_level_is_pending():
+    method = hpo.bohb(SPACE, max_steps=9, sampler=memo, batch=3, enough=4)
+    state, trace = run(method, 60)
+    seen, told, checked = set(), {1: 0, 3: 0, 9: 0}, set()
+    for ids, unit, reached in zip(trace.trials.id, trace.trials.unit[..., 0], trace.reached, strict=True):
+        able = [level for level in told if told[level] >= 4]
+        new = [i for i in range(3) if int(ids[i]) not in seen]
+        going = [s for i, s in enumerate(reached.tolist()) if i not in new]
+        if able:
+            # A trial that has now reached s steps had s - 1, so it was on its way to s or further.
+            expected = sum(s <= max(able) for s in going)
+            for i in new:
+                pending = round((float(unit[i]) - 0.5) * 65536) % 64
+                assert pending == expected
+                checked.add(pending)
+        seen |= {int(i) for i in ids}
+        for steps in reached.tolist():
+            if steps in told:
+                told[steps] += 1
+    assert checked == {0, 1, 2}
+
+
+def test_chance_has_its_share():
+    method = functools.partial(hpo.bohb, SPACE, max_steps=9, sampler=memo, batch=8, enough=1)
+    shares = []
+    for fraction in (0.0, 0.5, 1.0):
+        _, trace = run(method(random_fraction=fraction), 60)
+        first = np.unique(trace.trials.id, return_index=True)[1]
+        x = trace.trials.unit.ravel()[first][8:]
+        shares.append(float(np.mean(np.abs(x * 65536 - np.round(x * 65536)) > 1e-3)))
+    assert shares[0] == 0 and 0.4 < shares[1] < 0.6 and shares[2] > 0.9
+
+
+def test_pooled_ranks_those_who_got_further_first():
+    losses = []
+
+    def spy(space, *, batch):
+        inner = memo(space, batch=batch)
+
+        def tell(state, trials, told, gradients=None):
+            jax.debug.callback(
+                lambda on, x, s: losses.extend(zip(x[on].tolist(), s[on].tolist(), strict=True)),
+                trials.active,
+                told,
+                trials.steps,
+            )
+            return inner.tell(state, trials, told)
+
+        return inner._replace(tell=tell)
+
+    method = hpo.bohb(SPACE, max_steps=9, model="pooled", sampler=spy, batch=4, enough=1000)
+    state, trace = run(method, 40)
+    assert state.sampler.told.shape == (1,)
+    by_steps = {s: [x for x, steps in losses if steps == s] for s in (1, 3, 9)}
+    assert max(by_steps[9]) < min(by_steps[3]) and max(by_steps[3]) < min(by_steps[1])
+    raw = trace.losses[trace.reached == 1]
+    assert np.array_equal(np.argsort(raw, kind="stable"), np.argsort(by_steps[1], kind="stable"))
+
+
+@pytest.mark.parametrize("build", [hpo.bohb, hpo.dehb])
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband"])
+def test_learns_where_the_optimum_is(build, scheduler):
+    cycles = {"cycles": 3, "in_flight": 2} if scheduler == "hyperband" else {}
+    method = build(SPACE, max_steps=9, batch=4, scheduler=scheduler, **cycles)
+    _, trace = run(method, 100 if scheduler == "asha" else None, BOWL)
+    order = np.unique(trace.trials.id[trace.trials.active], return_index=True)[1]
+    x = trace.trials.unit[trace.trials.active][order][:, 0]
+    early, late = np.abs(x[:20] - 0.7), np.abs(x[-20:] - 0.7)
+    assert np.median(early) > 0.15 and np.median(late) < 0.12, (np.median(early), np.median(late))
+
+
+def test_a_trial_of_chance_competes_with_the_worst_member():
+    method = hpo.differential_evolution(SPACE, population=4, batch=4)
+    state = method.init(jax.random.key(0))
+    state = state._replace(loss=jnp.array([1.0, jnp.inf, 3.0, 2.0]), start=jnp.int32(5))
+    rows = method.ask(jax.random.key(1), state)[0].aux
+    row = against_the_worst(state, rows, jnp.array([False, True, False, True]))
+    assert row.member[jnp.array([1, 3])].tolist() == [1, 2]
+    assert row.member[jnp.array([0, 2])].tolist() == rows.member[jnp.array([0, 2])].tolist()
+    assert row.start.tolist() == [int(rows.start[0]), 5, int(rows.start[2]), 5]
+    assert row.weight[1] == 0 and row.weight[0] == rows.weight[0]
+
+
+def test_children_compete_with_their_parents_and_chance_fills_the_populations():
+    method = hpo.dehb(SPACE, max_steps=9, population=4, batch=4)
+    state, trace = run(method, 80, BOWL)
+    inner = hpo.differential_evolution(SPACE, population=4, batch=4)
+    example = jax.eval_shape(lambda: inner.init(jax.random.key(0)))
+    populations = jax.tree.unflatten(jax.tree.structure(example), state.sampler.states)
+    for level, steps in enumerate((1, 3, 9)):
+        held = populations.loss[level]
+        told = trace.losses[trace.reached == steps]
+        assert np.isfinite(held).all() and set(held.tolist()) <= set(told.tolist())
+        assert held.min() == told.min()
+        best = trace.trials.unit[trace.reached == steps][told.argmin()]
+        assert populations.unit[level][held.argmin()] == best
+
+
+@pytest.mark.parametrize(
+    "build, call, words",
+    [
+        (hpo.bohb, dict(scheduler="sha"), "scheduler must be one of .*, got 'sha'"),
+        (hpo.bohb, dict(model="all"), "model must be one of .*, got 'all'"),
+        (hpo.bohb, dict(enough=0), "enough must be at least 1, got 0"),
+        (hpo.bohb, dict(random_fraction=1.5), r"random_fraction must be in \[0, 1\], got 1.5"),
+        (hpo.bohb, dict(sampler=hpo.grid), "sampler gave the method 'grid', which ends by itself"),
+        (hpo.bohb, dict(min_steps=10), "min_steps must be at most max_steps=9, got 10"),
+        (hpo.dehb, dict(population=2), "population must be at least 4, got 2"),
+        (hpo.dehb, dict(strategy="best"), "strategy must be one of"),
+    ],
+)
+def test_bad_arguments(build, call, words):
+    with pytest.raises(ValueError, match=words):
+        build(SPACE, **({"max_steps": 9} | call))
