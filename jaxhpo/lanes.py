@@ -91,6 +91,11 @@ def make_lanes(
             return tree
         return jax.lax.with_sharding_constraint(tree, over_devices(mesh))
 
+    def copied(tree: PyTree) -> PyTree:
+        if mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, over_devices(mesh, rows=False))
+
     def cut(rows: _Row) -> _Row:
         spare = chunks * width - method.batch
         padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], spare, 0)]) if spare else x, rows)
@@ -103,7 +108,7 @@ def make_lanes(
         return jax.tree.map(lambda x: x.reshape(chunks, width, *x.shape[1:]), padded)
 
     def join(told: Told, active: jax.Array) -> Told:
-        told = jax.tree.map(lambda x: x.reshape(chunks * width, *x.shape[2:])[: method.batch], told)
+        told = copied(jax.tree.map(lambda x: x.reshape(chunks * width, *x.shape[2:])[: method.batch], told))
         # What a lane without a trial computed depends on the chunks, so nobody gets to see it.
         return told._replace(losses=jnp.where(active, told.losses, jnp.nan), reached=jnp.where(active, told.reached, 0))
 
@@ -113,7 +118,8 @@ def make_lanes(
     )
 
     def run(bank: Bank, incumbent: Incumbent, keys: jax.Array, trials: Trials) -> tuple[Bank, Incumbent, Told]:
-        rows = cut(_Row(keys, trials.hparams, trials.steps, trials.source, trials.slot, trials.active))
+        # Else the method's own sums would be split over the devices too, and be rounded in another order.
+        rows = cut(copied(_Row(keys, trials.hparams, trials.steps, trials.source, trials.slot, trials.active)))
         if chunks == 1:
             (bank, incumbent), told = chunk((bank, incumbent), jax.tree.map(lambda x: x[0], rows))
             return bank, incumbent, join(jax.tree.map(lambda x: x[None], told), trials.active)

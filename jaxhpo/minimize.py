@@ -183,7 +183,7 @@ class _Shell:
                 if self.store and isinstance(self.driver, Device) and (stopped or is_due):
                     self._save(self.store)
                 report = self._report()
-                if self.callbacks and self.processes.once(lambda report=report: self._call(report)):
+                if self.processes.once(functools.partial(self._call, report)):
                     stopped = stopped or "callback"
                 done = self.tally.steps - before.steps or self.tally.trials - before.trials
                 bar.show(share(self.budget, self.tally, self.seconds), report, done / max(self.seconds - begun, 1e-9))

@@ -85,15 +85,17 @@ class Together(Alone):
 
     def once(self, fn: Callable[[], T]) -> T:
         """What `fn()` returns, or raises, in the first process; it is not called in the others."""
-        value, error = None, None
+        value: Any = None
+        error: BaseException | None = None
         if self.first:
             try:
                 value = fn()
-            except BaseException as raised:  # the others wait: whatever it is, they have to hear of it
+            except BaseException as raised:  # whatever it is, the others wait to hear of it
                 error = raised
-        value, message = self.agree((value, _portable(error)))
-        if error or message:
-            raise error or message
+        value, told = self.agree((value, _portable(error)))
+        failure = error or told
+        if failure is not None:
+            raise failure
         return value
 
     def check_alike(self, describe: Callable[[], dict[str, str]]) -> None:
