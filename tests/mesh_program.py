@@ -16,15 +16,9 @@ from tests.problems import MIXED, Counter, exact
 KEY = jax.random.key(3)
 DEVICES = 8
 COUNTER = Counter().trainable
-RACE = hpo.hyperband(MIXED, max_steps=9, batch=12)
-SMALL_RACE = hpo.hyperband(MIXED, max_steps=9, batch=5)
-LONG_RACE = hpo.hyperband(MIXED, max_steps=27, batch=6, cycles=3)
+RACE = hpo.hyperband(MIXED, max_steps=27, batch=12)
 SIDE = 64
-FLAX_SPACE = {
-    "width": hpo.Int(4, 16, log=True),
-    "dropout": hpo.Float(0.0, 0.3),
-    "optimizer": hpo.OneOf(sgd={"lr": hpo.Float(1e-3, 0.1, log=True)}, adam={"lr": hpo.Float(1e-3, 1e-2, log=True)}),
-}
+FLAX_SPACE = {"width": hpo.Int(4, 16, log=True), "lr": hpo.Float(1e-3, 1e-1, log=True)}
 
 
 def flax_objective():
@@ -32,10 +26,8 @@ def flax_objective():
     x = jax.random.normal(jax.random.key(0), (256, 6))
     y = (x[:, 0] * x[:, 1] > 0).astype(jnp.int32) + (x[:, 2] > 1)
     trainable = hpo.flax_trainable(
-        model=lambda h: hpo.MLP(3, 16, 2, width=h["width"], dropout=h["dropout"]),
-        optimizer=lambda h: hpo.select_optimizer(
-            h["optimizer"], {"sgd": lambda b: optax.sgd(b["lr"], 0.9), "adam": lambda b: optax.adam(b["lr"])}
-        ),
+        model=lambda h: hpo.MLP(3, 16, 1, width=h["width"]),
+        optimizer=lambda h: optax.adam(h["lr"]),
         loss=optax.softmax_cross_entropy_with_integer_labels,
         train=(x[:192], y[:192]),
         valid=(x[192:], y[192:]),
@@ -45,19 +37,20 @@ def flax_objective():
 
 
 def searches(mesh=None):
-    """Studies whose results may not depend on the mesh."""
+    """Studies whose results may not depend on the mesh; 8 devices divide neither 12 trials nor 5."""
     race = hpo.minimize(COUNTER, RACE, key=KEY, mesh=mesh)
+    box = hpo.differential_evolution(MIXED, population=5)
+    training = hpo.random(FLAX_SPACE, batch=16)
     return {
         "race": (race.trials, jax.device_get(race.best_state), race.best_hparams),
-        "5 lanes": hpo.minimize(COUNTER, SMALL_RACE, key=KEY, mesh=mesh).trials,
-        "3 lanes": hpo.minimize(COUNTER, SMALL_RACE, key=KEY, mesh=mesh, lanes=3).trials,
-        "box": hpo.minimize(
-            exact, hpo.differential_evolution(MIXED, population=12), key=KEY, mesh=mesh, rounds=4
-        ).trials,
-        "flax": hpo.minimize(
-            flax_objective(), hpo.random(FLAX_SPACE, batch=16), key=KEY, mesh=mesh, rounds=1
-        ).trials.loss,
+        "box": hpo.minimize(exact, box, key=KEY, mesh=mesh, rounds=4).trials,
+        "flax": hpo.minimize(flax_objective(), training, key=KEY, mesh=mesh, rounds=1).trials.loss,
     }
+
+
+def begin(mesh, directory):
+    """The first rounds of the race, on disk."""
+    hpo.minimize(COUNTER, RACE, key=KEY, mesh=mesh, directory=directory, callbacks=lambda report: report.rounds == 3)
 
 
 def cost(mesh=None):
@@ -75,7 +68,7 @@ def cost(mesh=None):
     return {
         "flops": program.cost_analysis()["flops"],
         "in place": program.memory_analysis().alias_size_in_bytes,
-        "bank": carry.bank.states.nbytes if hasattr(carry.bank.states, "nbytes") else carry.bank.states.size * 4,
+        "bank": carry.bank.states.size * 4,
         "incumbent": SIDE * SIDE * 4,
     }
 
@@ -91,32 +84,28 @@ def decisions(mesh):
     def fail(report):
         raise KeyError("no such run")
 
-    def message(**arguments):
+    def message(problem=COUNTER, method=RACE, **arguments):
         try:
-            hpo.minimize(COUNTER, LONG_RACE, key=KEY, mesh=mesh, **arguments)
+            hpo.minimize(problem, method, key=KEY, mesh=mesh, **arguments)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
-    stopped = hpo.minimize(COUNTER, LONG_RACE, key=KEY, mesh=mesh, callbacks=stop)
-    timed = hpo.minimize(
-        COUNTER, LONG_RACE, key=KEY, mesh=mesh, time_limit=1.0, callbacks=lambda report: time.sleep(0.2)
-    )
+    stopped = hpo.minimize(COUNTER, RACE, key=KEY, mesh=mesh, callbacks=stop)
+    timed = hpo.minimize(COUNTER, RACE, key=KEY, mesh=mesh, time_limit=2.0, callbacks=pause)
+    index = jax.process_index()
     return {
         "calls": calls,
         "stopped": (stopped.stopped, stopped.trials, stopped.seconds),
         "timed": (timed.stopped, timed.trials),
         "failed": message(callbacks=fail),
-        "unlike": message(rounds=2 + jax.process_index(), lanes=4 + jax.process_index()),
-        "external": message_of_external(mesh),
+        "unlike": message(rounds=2 + index, lanes=4 + index),
+        "external": message(hpo.external(abs), hpo.random(MIXED), trials=4),
     }
 
 
-def message_of_external(mesh):
-    """Why an external function takes no mesh of several processes."""
-    try:
-        hpo.minimize(hpo.external(abs), hpo.random(MIXED), key=KEY, mesh=mesh, trials=4)
-    except ValueError as error:
-        return str(error)
+def pause(report):
+    """A callback that takes its time."""
+    time.sleep(0.2)
 
 
 def main(folder, count, index):
@@ -125,22 +114,22 @@ def main(folder, count, index):
     # Stops after every round and saves each time.
     checkpoint.SHARE, device.CHUNK_SECONDS = 1.0, 1e-6
     name = f"{count} processes"
-    out = {"devices": jax.device_count(), "searches": searches(mesh)}
     # Only the first process has these files.
     root = folder if index == 0 else Path("/not/here")
-    part = {"key": KEY, "directory": root / name}
-    hpo.minimize(COUNTER, LONG_RACE, mesh=mesh, rounds=3, **part)
+    out = {"devices": jax.device_count(), "searches": searches(mesh)}
+    begin(mesh, root / name)
     if count == 1:
         out["cost"] = cost(mesh)
+        trace = jax.jit(hpo.study(COUNTER, RACE, lanes=3, mesh=mesh))(KEY)[1]
+        out["3 lanes"] = jax.device_get(trace.losses[trace.trials.active])
         shutil.copytree(folder / name, folder / "4 devices")
-        half = jax.make_mesh((4,), ("lanes",), devices=jax.devices()[:4])
-        part["directory"] = folder / "4 devices"
-        out["resumed"] = hpo.minimize(COUNTER, LONG_RACE, mesh=half, **part).trials
+        mesh = jax.make_mesh((4,), ("lanes",), devices=jax.devices()[:4])
+        out["resumed"] = hpo.minimize(COUNTER, RACE, key=KEY, mesh=mesh, directory=folder / "4 devices").trials
     else:
-        out["resumed"] = hpo.minimize(COUNTER, LONG_RACE, mesh=mesh, rounds=5, **part).trials
+        begin(mesh, root / "other")
+        out["resumed"] = hpo.minimize(COUNTER, RACE, key=KEY, mesh=mesh, directory=root / "other").trials
         out["decisions"] = decisions(mesh)
     with open(folder / f"{name} {index}.pickle", "wb") as file:
         pickle.dump(out, file)
     if count > 1:
-        part["directory"] = root / "killed"
-        hpo.minimize(COUNTER, LONG_RACE, mesh=mesh, callbacks=lambda report: time.sleep(0.2), **part)
+        hpo.minimize(COUNTER, RACE, key=KEY, mesh=mesh, directory=root / "killed", callbacks=pause)

@@ -175,7 +175,7 @@ def test_a_full_disk_costs_the_checkpoint_only(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", full)
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
     with pytest.warns(UserWarning, match="No space left on device.*the study goes on"):
         result = hpo.minimize(counter.trainable, method, key=KEY, directory=tmp_path)
     assert_same(result.trials, hpo.minimize(counter.trainable, method, key=KEY).trials)
