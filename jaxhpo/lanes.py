@@ -113,9 +113,8 @@ def make_lanes(
         return told._replace(losses=jnp.where(active, told.losses, jnp.nan), reached=jnp.where(active, told.reached, 0))
 
     part: Callable = _training if isinstance(problem, Trainable) else _evaluation
-    init, chunk, restore = part(
-        problem, method, width, spread, math.ceil(method.slots / mesh.size) * mesh.size if mesh else method.slots
-    )
+    slots = math.ceil(method.slots / mesh.size) * mesh.size if mesh else method.slots
+    init, chunk, restore = part(problem, method, width, slots, spread, copied)
 
     def run(bank: Bank, incumbent: Incumbent, keys: jax.Array, trials: Trials) -> tuple[Bank, Incumbent, Told]:
         # Else the method's own sums would be split over the devices too, and be rounded in another order.
@@ -130,9 +129,9 @@ def make_lanes(
 
 
 def _evaluation(
-    objective: Callable, method: Method, width: int, spread: Callable, slots: int
+    objective: Callable, method: Method, width: int, slots: int, spread: Callable, copied: Callable
 ) -> tuple[Callable, Callable, Callable]:
-    del slots
+    del slots, copied
     space, dtype = method.space, working_dtype()
     nothing = Bank((), jnp.zeros(0, jnp.int32)), Incumbent(jnp.asarray(jnp.inf, dtype), ())
 
@@ -227,7 +226,7 @@ def _raw(trainable: Trainable, space: Space) -> _Raw:
 
 
 def _training(
-    trainable: Trainable, method: Method, width: int, spread: Callable, slots: int
+    trainable: Trainable, method: Method, width: int, slots: int, spread: Callable, copied: Callable
 ) -> tuple[Callable, Callable, Callable]:
     raw = _raw(trainable, method.space)
     dtype = working_dtype()
@@ -243,7 +242,8 @@ def _training(
     def chunk(carry: tuple[Bank, Incumbent], rows: _Row) -> tuple[tuple[Bank, Incumbent], Told]:
         keys, hparams = spread((rows.key, rows.hparams))
         fresh = rows.source < 0
-        source = jnp.maximum(rows.source, 0)
+        # Each device knows which rows move, so that no leaf of the bank has to ask for it.
+        source, slot = copied((jnp.maximum(rows.source, 0), jnp.where(rows.active, rows.slot, slots)))
 
         def started(states: PyTree) -> PyTree:
             new = jax.vmap(raw.init)(keys, hparams)
@@ -261,10 +261,9 @@ def _training(
 
             states = jax.lax.fori_loop(0, jnp.max(rows.steps), step, states)
             losses = jax.vmap(raw.evaluate)(states, hparams)
-            reached = before + rows.steps
-            slot = jnp.where(rows.active, rows.slot, slots)
+            states, losses, reached = copied((states, losses, before + rows.steps))
             keep = lambda record, row: record.at[slot].set(row, mode="drop")  # noqa: E731
-            bank = Bank(jax.tree.map(keep, bank.states, states), keep(bank.reached, reached))
+            bank = Bank(spread(jax.tree.map(keep, bank.states, states)), keep(bank.reached, reached))
             standing = jnp.where(rows.active, ranked(losses), jnp.inf)
             winner = jnp.argmin(standing)
             better = standing[winner] < incumbent.loss

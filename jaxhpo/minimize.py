@@ -76,8 +76,9 @@ def minimize(
         processes, on several hosts, after `jax.distributed.initialize(...)` in each: all of them call `minimize` with
         the same arguments and get the same `Result`. The first one alone reads and writes `directory`, looks at
         its clock for `time_limit`, calls the callbacks and shows progress. If one of them dies, the others end with an
-        error, at the latest when `heartbeat_timeout_seconds` of `initialize` (100 if not given) have passed; start
-        them again, or fewer of them, with the same `directory`.
+        error: on CPUs at their next exchange, on GPUs when `heartbeat_timeout_seconds` of `initialize` (100 if not
+        given) have passed, and then wait at most `shutdown_timeout_seconds` (300) at exit. Start them again, or fewer
+        of them, with the same `directory`.
       directory: where to keep checkpoints. A study that is there already is resumed; the data and the code of the
         problem are not compared.
       initial: points of native Python values, which take the place of the method's first ones, or `(point, loss)`
