@@ -17,6 +17,8 @@ from tests import mesh_program
 from tests.mesh_program import COUNTER, KEY, RACE
 from tests.problems import assert_same
 
+# One worker runs them all, so that what they share is made once.
+pytestmark = pytest.mark.xdist_group("mesh")
 ROOT = Path(__file__).parents[1]
 START = """
 import sys, jax
