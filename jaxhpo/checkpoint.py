@@ -42,6 +42,18 @@ def describe(method: Method, key: jax.Array, initial: Any, repeats: int, problem
     return {name: digest(canonical(part)) for name, part in parts.items()}
 
 
+def _checkpointer() -> Any:
+    """orbax for the arrays of this process, which waits for no other."""
+    import orbax.checkpoint as ocp
+
+    mine = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f"jaxhpo{mine}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
 class Directory:
     """Where a study keeps itself between runs.
 
@@ -91,14 +103,12 @@ class Directory:
 
     def save(self, rounds: int, content: PyTree) -> None:
         """Writes a checkpoint; a full disk is a warning, and the one before stays."""
-        import orbax.checkpoint as ocp
-
         begun = time.monotonic()
         target = self.path / f"rounds-{rounds}"
         if target.exists():
             return
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            with _checkpointer() as checkpointer:
                 checkpointer.save(target, content)
             for _, old in self._checkpoints()[:-KEPT]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -109,11 +119,9 @@ class Directory:
 
     def load(self) -> PyTree | None:
         """The newest checkpoint that can be read, `None` if there is none."""
-        import orbax.checkpoint as ocp
-
         for _, path in reversed(self._checkpoints()):
             try:
-                with ocp.PyTreeCheckpointer() as checkpointer:
+                with _checkpointer() as checkpointer:
                     return checkpointer.restore(path)
             except (OSError, ValueError, KeyError) as error:
                 warnings.warn(f"{path} cannot be read ({error}); the checkpoint before is used", stacklevel=2)

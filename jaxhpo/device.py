@@ -18,6 +18,7 @@ from jaxhpo.budget import OPEN_ROWS, Budget, Limits, Meter, Tally, begin, capaci
 from jaxhpo.digest import canonical
 from jaxhpo.lanes import Bank, Incumbent, over_devices
 from jaxhpo.method import Method, bare
+from jaxhpo.processes import processes_of
 from jaxhpo.space import working_dtype
 from jaxhpo.study import Carry, Engine, Initial, Trace, make_engine
 from jaxhpo.trainable import Trainable
@@ -77,11 +78,17 @@ class Plan:
         content = canonical((method.space.tree, initial), opaque=lambda value: f"{id(value)}")
         self.key = (problem if isinstance(problem, Hashable) else id(problem), functions, shapes, content)
 
+    @property
+    def everywhere(self) -> Any:
+        """A copy on each device of the mesh."""
+        return None if self.mesh is None else over_devices(self.mesh, rows=False)
+
+    @property
     def placement(self) -> Carry | None:
         """Where the parts of a carry are: the bank over the devices of the mesh, the rest on each."""
         if self.mesh is None:
             return None
-        everywhere: Any = over_devices(self.mesh, rows=False)
+        everywhere = self.everywhere
         return Carry(everywhere, Bank(over_devices(self.mesh), everywhere), Incumbent(everywhere, everywhere))
 
     def __hash__(self) -> int:
@@ -100,7 +107,7 @@ def engine_of(plan: Plan) -> Engine:
 @functools.lru_cache(maxsize=16)
 def _start(plan: Plan, room: int) -> Callable:
     engine = engine_of(plan)
-    return jax.jit(lambda key, settings: engine.start(key, settings, room), out_shardings=plan.placement())
+    return jax.jit(lambda key, settings: engine.start(key, settings, room), out_shardings=plan.placement)
 
 
 def lower(plan: Plan, most: int, carry: Carry, key: jax.Array) -> tuple[jax.stages.Lowered, list]:
@@ -116,11 +123,10 @@ def lower(plan: Plan, most: int, carry: Carry, key: jax.Array) -> tuple[jax.stag
     chunk, data = hoist(_chunk(engine_of(plan), most), carry, *example)
     options: dict[str, Any] = {"donate_argnums": 1}
     if plan.mesh is not None:
-        everywhere = over_devices(plan.mesh, rows=False)
-        inputs = everywhere, plan.placement(), *[everywhere] * len(example)
-        options |= {"in_shardings": inputs, "out_shardings": (plan.placement(), everywhere, everywhere)}
-        data = jax.device_put(data, everywhere)
-    return jax.jit(chunk, **options).lower(data, carry, *example), jax.device_put(data)
+        inputs = plan.everywhere, plan.placement, *[plan.everywhere] * len(example)
+        options |= {"in_shardings": inputs, "out_shardings": (plan.placement, plan.everywhere, plan.everywhere)}
+    data = processes_of(plan.mesh).place(data, plan.everywhere)
+    return jax.jit(chunk, **options).lower(data, carry, *example), data
 
 
 @functools.lru_cache(maxsize=16)
@@ -145,7 +151,8 @@ class Device:
         initial: Initial | None,
     ):
         self.plan = Plan(problem, method, lanes, mesh, initial)
-        self.method, self.key, self.budget = method, key, budget
+        self.processes = processes_of(mesh)
+        self.method, self.budget = method, budget
         rows = capacity(method, budget, initial)
         self.open = rows is None
         self.known = initial.known_rows(method.batch) if initial else 0
@@ -155,7 +162,8 @@ class Device:
         self.most = min(1 << max(asks - 1, 0).bit_length(), MOST_ROUNDS)
         self.pace = 1.0
         self.compile_seconds = 0.0
-        self.carry = _start(self.plan, self.room)(key, method.settings)
+        self.key, settings = self.processes.place((key, method.settings), self.plan.everywhere)
+        self.carry = _start(self.plan, self.room)(self.key, settings)
 
     def _compiled(self) -> Program:
         leaves, treedef = jax.tree.flatten((self.carry, self.key))
@@ -168,9 +176,10 @@ class Device:
         """Runs some rounds: the trace of them, arrays of NumPy with leading axis rounds, and the tally after them."""
         while self.open and (tally.rounds + self.most) * self.method.batch + self.known > self.room:
             self.room *= 2
-            self.carry = self.carry._replace(state=self.method.reserve(self.carry.state, self.room))
+            self._reserve()
         program = self._compiled()
-        bounds = limits(self.budget, tally, max(1, min(int(self.pace), self.most)))
+        most = self.processes.agree(max(1, min(int(self.pace), self.most)))
+        bounds = limits(self.budget, tally, most)
         begun = time.perf_counter()
         out = program.run(self.carry, self.key, np.int32(tally.rounds), begin(tally), bounds)
         self.carry, traces, meter = jax.block_until_ready(out)
@@ -182,9 +191,13 @@ class Device:
         steps = np.where(trace.trials.active, trace.trials.steps, 0).sum(dtype=np.int64)
         return trace, proceed(tally, meter, int(steps))
 
+    def _reserve(self) -> None:
+        grow = jax.jit(lambda state: self.method.reserve(state, self.room), out_shardings=self.plan.everywhere)
+        self.carry = self.carry._replace(state=grow(self.carry.state))
+
     def save(self) -> list[np.ndarray]:
         """What the study has to remember, as a list of arrays."""
-        carry = jax.device_get(self.carry)
+        carry = self.processes.fetch(self.carry)
         # Slots beyond the method's own only fill up the devices, of which there may be others next time.
         bank = jax.tree.map(lambda x: x[: self.method.slots], carry.bank)
         return [np.asarray(x) for x in jax.tree.leaves(carry._replace(bank=bank))]
@@ -194,12 +207,12 @@ class Device:
         carry: Carry = jax.tree.unflatten(jax.tree.structure(self.carry), leaves)
         spare = len(self.carry.bank.reached) - len(carry.bank.reached)
         bank = jax.tree.map(lambda x: np.pad(x, ((0, spare), *((0, 0),) * (x.ndim - 1))), carry.bank)
-        carry = carry._replace(state=self.method.reserve(carry.state, self.room), bank=bank)
-        self.carry = jax.jit(lambda c: c, out_shardings=self.plan.placement())(carry)
+        self.carry = self.processes.place(carry._replace(bank=bank), self.plan.placement)
+        self._reserve()
 
     def best_state(self) -> PyTree:
         """The training state with the lowest loss."""
-        return engine_of(self.plan).restore(self.carry.incumbent.state)
+        return engine_of(self.plan).restore(self.processes.local(self.carry.incumbent.state))
 
     def close(self) -> None:
         """Nothing to release."""

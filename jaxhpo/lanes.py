@@ -91,6 +91,11 @@ def make_lanes(
             return tree
         return jax.lax.with_sharding_constraint(tree, over_devices(mesh))
 
+    def copied(tree: PyTree) -> PyTree:
+        if mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, over_devices(mesh, rows=False))
+
     def cut(rows: _Row) -> _Row:
         spare = chunks * width - method.batch
         padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], spare, 0)]) if spare else x, rows)
@@ -103,17 +108,17 @@ def make_lanes(
         return jax.tree.map(lambda x: x.reshape(chunks, width, *x.shape[1:]), padded)
 
     def join(told: Told, active: jax.Array) -> Told:
-        told = jax.tree.map(lambda x: x.reshape(chunks * width, *x.shape[2:])[: method.batch], told)
+        told = copied(jax.tree.map(lambda x: x.reshape(chunks * width, *x.shape[2:])[: method.batch], told))
         # What a lane without a trial computed depends on the chunks, so nobody gets to see it.
         return told._replace(losses=jnp.where(active, told.losses, jnp.nan), reached=jnp.where(active, told.reached, 0))
 
     part: Callable = _training if isinstance(problem, Trainable) else _evaluation
-    init, chunk, restore = part(
-        problem, method, width, spread, math.ceil(method.slots / mesh.size) * mesh.size if mesh else method.slots
-    )
+    slots = math.ceil(method.slots / mesh.size) * mesh.size if mesh else method.slots
+    init, chunk, restore = part(problem, method, width, slots, spread, copied)
 
     def run(bank: Bank, incumbent: Incumbent, keys: jax.Array, trials: Trials) -> tuple[Bank, Incumbent, Told]:
-        rows = cut(_Row(keys, trials.hparams, trials.steps, trials.source, trials.slot, trials.active))
+        # Else the method's own sums would be split over the devices too, and be rounded in another order.
+        rows = cut(copied(_Row(keys, trials.hparams, trials.steps, trials.source, trials.slot, trials.active)))
         if chunks == 1:
             (bank, incumbent), told = chunk((bank, incumbent), jax.tree.map(lambda x: x[0], rows))
             return bank, incumbent, join(jax.tree.map(lambda x: x[None], told), trials.active)
@@ -124,9 +129,9 @@ def make_lanes(
 
 
 def _evaluation(
-    objective: Callable, method: Method, width: int, spread: Callable, slots: int
+    objective: Callable, method: Method, width: int, slots: int, spread: Callable, copied: Callable
 ) -> tuple[Callable, Callable, Callable]:
-    del slots
+    del slots, copied
     space, dtype = method.space, working_dtype()
     nothing = Bank((), jnp.zeros(0, jnp.int32)), Incumbent(jnp.asarray(jnp.inf, dtype), ())
 
@@ -221,7 +226,7 @@ def _raw(trainable: Trainable, space: Space) -> _Raw:
 
 
 def _training(
-    trainable: Trainable, method: Method, width: int, spread: Callable, slots: int
+    trainable: Trainable, method: Method, width: int, slots: int, spread: Callable, copied: Callable
 ) -> tuple[Callable, Callable, Callable]:
     raw = _raw(trainable, method.space)
     dtype = working_dtype()
@@ -237,7 +242,8 @@ def _training(
     def chunk(carry: tuple[Bank, Incumbent], rows: _Row) -> tuple[tuple[Bank, Incumbent], Told]:
         keys, hparams = spread((rows.key, rows.hparams))
         fresh = rows.source < 0
-        source = jnp.maximum(rows.source, 0)
+        # Each device knows which rows move, so that no leaf of the bank has to ask for it.
+        source, slot = copied((jnp.maximum(rows.source, 0), jnp.where(rows.active, rows.slot, slots)))
 
         def started(states: PyTree) -> PyTree:
             new = jax.vmap(raw.init)(keys, hparams)
@@ -255,10 +261,9 @@ def _training(
 
             states = jax.lax.fori_loop(0, jnp.max(rows.steps), step, states)
             losses = jax.vmap(raw.evaluate)(states, hparams)
-            reached = before + rows.steps
-            slot = jnp.where(rows.active, rows.slot, slots)
+            states, losses, reached = copied((states, losses, before + rows.steps))
             keep = lambda record, row: record.at[slot].set(row, mode="drop")  # noqa: E731
-            bank = Bank(jax.tree.map(keep, bank.states, states), keep(bank.reached, reached))
+            bank = Bank(spread(jax.tree.map(keep, bank.states, states)), keep(bank.reached, reached))
             standing = jnp.where(rows.active, ranked(losses), jnp.inf)
             winner = jnp.argmin(standing)
             better = standing[winner] < incumbent.loss

@@ -1,5 +1,6 @@
 """The shell around a study: budgets, progress, checkpoints, and what the user gets back."""
 
+import functools
 import math
 import os
 import time
@@ -14,9 +15,11 @@ from jaxhpo.budget import Budget, Tally, ends, read_budget
 from jaxhpo.checkpoint import Directory, describe
 from jaxhpo.checks import whole
 from jaxhpo.device import Device
+from jaxhpo.digest import canonical, digest
 from jaxhpo.external import External, Host
 from jaxhpo.method import Method
 from jaxhpo.problem import check, check_call
+from jaxhpo.processes import Alone, Together, processes_of
 from jaxhpo.progress import Bar, Report, share
 from jaxhpo.result import Records, Result
 from jaxhpo.space import Space, working_dtype
@@ -69,7 +72,13 @@ def minimize(
       rounds: budget of asks.
       repeats: how many times each trial is run, with keys of its own; the mean of the losses is told.
       lanes: how many trials run side by side, at least 1; the method's batch if not given. Fewer need less memory.
-      mesh: devices over which the lanes are spread.
+      mesh: devices over which the lanes are spread: `jax.make_mesh((8,), ("lanes",))`. They may be those of several
+        processes, on several hosts, after `jax.distributed.initialize(...)` in each: all of them call `minimize` with
+        the same arguments and get the same `Result`. The first one alone reads and writes `directory`, looks at
+        its clock for `time_limit`, calls the callbacks and shows progress. If one of them dies, the others end with an
+        error: on CPUs at their next exchange, on GPUs when `heartbeat_timeout_seconds` of `initialize` (100 if not
+        given) have passed, and then wait at most `shutdown_timeout_seconds` (300) at exit. Start them again, or fewer
+        of them, with the same `directory`.
       directory: where to keep checkpoints. A study that is there already is resumed; the data and the code of the
         problem are not compared.
       initial: points of native Python values, which take the place of the method's first ones, or `(point, loss)`
@@ -99,6 +108,8 @@ def minimize(
     key, repeats = _typed(key), whole("repeats", repeats, 1)
     if isinstance(problem, External):
         check_call(method, lanes, mesh)
+        if isinstance(processes_of(mesh), Together):
+            raise ValueError("mesh has devices of several processes, but an external function has its own workers")
         if repeats > 1:
             raise ValueError(f"repeats={repeats} is for JAX problems; average inside the external function")
     else:
@@ -108,16 +119,19 @@ def minimize(
     callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
     budget = read_budget(method, trials, steps, rounds, target, patience, time_limit)
     given = read_initial(method, initial)
-    store = None
+    processes, store = processes_of(mesh), None
+    described = functools.partial(describe, method, key, given, repeats, problem)
+    call = {"budget": budget, "lanes": lanes, "directory": directory is None, "callbacks": len(callbacks)}
+    processes.check_alike(lambda: described() | {name: digest(canonical(value)) for name, value in call.items()})
     if directory is not None:
-        store = Directory(directory, describe(method, key, given, repeats, problem))
+        store = processes.once(lambda: Directory(directory, described()))
     driver: Device | Host
     if isinstance(problem, External):
         driver = Host(problem, method, key, budget, initial=given, journal=store.journal if store else None)
     else:
         driver = Device(problem, method, key, budget, lanes=lanes, mesh=mesh, initial=given)
     try:
-        return _Shell(driver, method, budget, given, store, callbacks, started).run(progress)
+        return _Shell(driver, method, budget, given, store, callbacks, processes, started).run(progress)
     finally:
         driver.close()
 
@@ -141,10 +155,11 @@ class _Shell:
         initial: Initial | None,
         store: Directory | None,
         callbacks: Sequence[Callable],
+        processes: Alone,
         started: float,
     ):
         self.driver, self.method, self.budget, self.store, self.callbacks = driver, method, budget, store, callbacks
-        self.started = started
+        self.processes, self.started = processes, started
         self.tally = Tally()
         self.parts: list[Records] = []
         if initial is not None and len(initial.known_losses):
@@ -158,42 +173,53 @@ class _Shell:
 
     def run(self, progress: bool | None) -> Result:
         self._resume()
-        stopped = ends(self.method, self.budget, self.tally, self.seconds)
-        with Bar(self.method.name, progress) as bar:
+        stopped = self.processes.once(self._ends)
+        with Bar(self.method.name, progress if self.processes.first else False) as bar:
             while stopped is None:
                 before, begun = self.tally, self.seconds
                 trace, self.tally = self.driver.advance(self.tally, self.budget.time_limit - self.seconds)
                 self.parts.append(_records(trace, before.rounds))
                 self._refuse_minus_infinity(self.parts[-1])
-                stopped = ends(self.method, self.budget, self.tally, self.seconds)
-                if self.store and isinstance(self.driver, Device) and (stopped or self.store.due(time.monotonic())):
-                    self.store.save(self.tally.rounds, self._content())
+                stopped, is_due = self.processes.once(lambda: (self._ends(), self._is_due()))
+                if self.store and isinstance(self.driver, Device) and (stopped or is_due):
+                    self._save(self.store)
                 report = self._report()
-                if any([callback(report) is True for callback in self.callbacks]):
+                if self.processes.once(functools.partial(self._call, report)):
                     stopped = stopped or "callback"
                 done = self.tally.steps - before.steps or self.tally.trials - before.trials
                 bar.show(share(self.budget, self.tally, self.seconds), report, done / max(self.seconds - begun, 1e-9))
         return self._result(stopped)
 
+    def _ends(self) -> str | None:
+        return ends(self.method, self.budget, self.tally, self.seconds)
+
+    def _is_due(self) -> bool:
+        return self.store is not None and self.store.due(time.monotonic())
+
+    def _call(self, report: Report) -> bool:
+        return any([callback(report) is True for callback in self.callbacks])
+
     def _resume(self) -> None:
-        content = self.store.load() if self.store and isinstance(self.driver, Device) else None
+        if not self.store or not isinstance(self.driver, Device):
+            return
+        content = self.processes.once(self.store.load)
         if content is None:
             return
-        assert isinstance(self.driver, Device)
         self.driver.load(_unpacked(content["study"], self.driver.save()))
         rounds, trials, steps, best, improved = _unpacked(content["tally"], list(self.tally))
         self.tally = Tally(int(rounds), int(trials), int(steps), float(best), int(improved))
         leaves, shape = jax.tree.flatten(_blank(self.method.space))
         self.parts = [jax.tree.unflatten(shape, _unpacked(content["records"], leaves))]
 
-    def _content(self) -> PyTree:
+    def _save(self, store: Directory) -> None:
         assert isinstance(self.driver, Device)
         self.parts = [_joined(self.parts)]
-        return {
+        content = {
             "study": _packed(self.driver.save()),
             "tally": _packed(self.tally),
             "records": _packed(jax.tree.leaves(self.parts[0])),
         }
+        self.processes.once(lambda: store.save(self.tally.rounds, content))
 
     def _refuse_minus_infinity(self, records: Records) -> None:
         where = np.flatnonzero(records.loss == -np.inf)
@@ -215,6 +241,7 @@ class _Shell:
     def _result(self, stopped: str) -> Result:
         records = _joined(self.parts) if self.parts else _blank(self.method.space)
         best = records.best(1)
+        seconds, compile_seconds = self.processes.agree((self.seconds, self.driver.compile_seconds))
         result = Result(
             space=self.method.space,
             trials=records,
@@ -223,8 +250,8 @@ class _Shell:
             best_state=self.driver.best_state() if len(best) and records.round[best[0]] >= 0 else None,
             errors=self.driver.errors if isinstance(self.driver, Host) else {},
             stopped=stopped,
-            seconds=self.seconds,
-            compile_seconds=self.driver.compile_seconds,
+            seconds=seconds,
+            compile_seconds=compile_seconds,
         )
         if not len(best):
             why = next(iter(result.errors.values()), "every loss was NaN or infinite")

@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import jax
+
 
 def load(name):
     """The module of an example."""
@@ -21,3 +23,10 @@ def test_a_swarm_of_networks(tmp_path, capsys):
     assert outcome.accuracy > 0.88
     assert out.stat().st_size > 10_000
     assert f"test accuracy {outcome.accuracy:.4f}" in capsys.readouterr().out
+
+
+def test_networks_on_many_devices(capsys):
+    example = load("many_devices")
+    result = example.search(example.parse(["--max-steps", "27"]))
+    assert result.best_loss < 0.6 and result.trials.steps.max() == 27
+    assert f"{jax.device_count()} devices of 1 processes" in capsys.readouterr().out

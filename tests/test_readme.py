@@ -10,9 +10,11 @@ import numpy as np
 def test_snippets_run_as_they_stand(capsys):
     text = (Path(__file__).parents[1] / "README.md").read_text()
     commands = re.findall(r"```bash\n(.*?)```", text, re.S)
-    assert len(commands) == 2 and "jaxhpo demo" in commands[0] and commands[1].strip().endswith("pytest")
+    demo, tests, processes = commands
+    assert "jaxhpo demo" in demo and tests.strip().endswith("pytest")
+    assert processes.count("python examples/many_devices.py --processes 2 --process") == 2
     snippets = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     names: dict = {}
     exec(snippets[0], names)
     assert names["result"].best_loss < 0.01 and "adam" in capsys.readouterr().out
@@ -20,4 +22,5 @@ def test_snippets_run_as_they_stand(capsys):
     assert names["result"].best_loss < 0.8 and len(jax.tree.leaves(names["result"].best_state.params)) == 8
     exec(snippets[2], names)
     assert names["traces"].losses.shape == (512, 16, 16) and np.isfinite(names["traces"].losses).all()
-    exec(snippets[3], names)
+    for snippet in snippets[3:]:
+        exec(snippet, names)

@@ -1,10 +1,7 @@
 """A study that is killed at any moment and resumed ends as if it had not been."""
 
-import os
+import multiprocessing
 import pickle
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,68 +12,62 @@ import pytest
 
 import jaxhpo as hpo
 from jaxhpo import checkpoint
+from tests import killed_study
 from tests.problems import MIXED, Counter, assert_same, exact
 
 KEY = jax.random.key(11)
 KILLS = 20
 
-CHILD = """
-import pickle, sys
-import jax
-jax.config.update("jax_compilation_cache_dir", sys.argv[3])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-import jaxhpo as hpo
-from jaxhpo import checkpoint, device
-from tests.problems import MIXED, Counter
-checkpoint.SHARE = 1.0
-device.CHUNK_SECONDS = 0.001
-slow = lambda report: __import__("time").sleep(0.02)
-method = hpo.hyperband(MIXED, max_steps=81, batch=8, cycles=2)
-result = hpo.minimize(Counter().trainable, method, key=jax.random.key(11), directory=sys.argv[1], callbacks=[slow])
-state = jax.device_get(result.best_state)
-pickle.dump((result.trials, result.best_hparams, result.best_loss, state), open(sys.argv[2], "wb"))
-"""
+
+class Runs:
+    """The same study in many processes, all forked from one that has imported everything, and with its own files."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload([killed_study.__name__])
+
+    def start(self, name: str) -> multiprocessing.process.BaseProcess:
+        files = str(self.folder / name), str(self.folder / f"{name}.pickle"), str(self.folder / "cache")
+        child = self.context.Process(target=killed_study.run, args=files)
+        child.start()
+        return child
+
+    def has_checkpoint(self, name: str) -> bool:
+        return any((self.folder / name).glob("rounds-*"))
+
+    def has_ended(self, name: str) -> bool:
+        return (self.folder / f"{name}.pickle").exists()
+
+    def outcome(self, name: str):
+        """What comes of the study, which is started or goes on."""
+        child = self.start(name)
+        child.join()
+        assert child.exitcode == 0
+        return pickle.loads((self.folder / f"{name}.pickle").read_bytes())
 
 
-def start(tmp_path: Path, name: str) -> subprocess.Popen:
-    root = Path(__file__).parents[1]
-    command = [
-        sys.executable,
-        "-c",
-        CHILD,
-        str(tmp_path / name),
-        str(tmp_path / f"{name}.pickle"),
-        str(tmp_path / "cache"),
-    ]
-    return subprocess.Popen(command, cwd=root, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-
-
-def outcome(tmp_path: Path, name: str):
-    return pickle.loads((tmp_path / f"{name}.pickle").read_bytes())
-
-
-def test_killed_runs_end_like_the_one_that_was_not(tmp_path):
-    assert start(tmp_path, "straight").wait() == 0
-    expected = outcome(tmp_path, "straight")
+def test_killed_runs_end_like_the_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    runs = Runs(tmp_path)
+    expected = runs.outcome("straight")
     begun = time.monotonic()
-    assert start(tmp_path, "warm").wait() == 0
+    runs.outcome("warm")
     whole = time.monotonic() - begun
     moments = np.random.default_rng(0).uniform(0, 1, KILLS)
 
-    def has_checkpoint(i: int) -> bool:
-        return any((tmp_path / f"run{i}").glob("rounds-*"))
-
     def kill_and_resume(i: int) -> bool:
-        child = start(tmp_path, f"run{i}")
+        name = f"run{i}"
+        child = runs.start(name)
         if i % 2:  # some time after the first checkpoint; the others at any time
-            while not has_checkpoint(i) and child.poll() is None:
-                time.sleep(0.01)
+            while not runs.has_checkpoint(name) and child.is_alive():
+                time.sleep(0.002)
         time.sleep(moments[i] * whole * (0.3 if i % 2 else 1.0))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        resumed = has_checkpoint(i) and not (tmp_path / f"run{i}.pickle").exists()
-        assert start(tmp_path, f"run{i}").wait() == 0
-        assert_same(outcome(tmp_path, f"run{i}"), expected)
+        child.kill()
+        child.join()
+        resumed = runs.has_checkpoint(name) and not runs.has_ended(name)
+        assert_same(runs.outcome(name), expected)
         return resumed
 
     with ThreadPoolExecutor(2) as pool:
@@ -175,7 +166,7 @@ def test_a_full_disk_costs_the_checkpoint_only(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", full)
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
     with pytest.warns(UserWarning, match="No space left on device.*the study goes on"):
         result = hpo.minimize(counter.trainable, method, key=KEY, directory=tmp_path)
     assert_same(result.trials, hpo.minimize(counter.trainable, method, key=KEY).trials)
