@@ -1,5 +1,6 @@
 """What a mesh of devices, of one process or of several, may not change."""
 
+import fcntl
 import os
 import pickle
 import signal
@@ -17,8 +18,6 @@ from tests import mesh_program
 from tests.mesh_program import COUNTER, KEY, RACE
 from tests.problems import assert_same
 
-# One worker runs them all, so that what they share is made once.
-pytestmark = pytest.mark.xdist_group("mesh")
 ROOT = Path(__file__).parents[1]
 START = """
 import sys, jax
@@ -47,10 +46,9 @@ def wait(ready, *processes: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """What came of 8 devices of one process, and of two with 4 each, of which the second was killed."""
-    folder = tmp_path_factory.mktemp("mesh")
+def build(folder: Path) -> None:
+    """Runs the studies on 8 devices of one process, and on two with 4 each, of which the second is killed."""
+    folder.mkdir()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -66,6 +64,16 @@ def folder(tmp_path_factory) -> Path:
     finally:
         for process in (alone, *pair):
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, testrun_uid) -> Path:
+    """What `build` leaves, made by the first of the test workers that comes here."""
+    folder = tmp_path_factory.getbasetemp().parent / f"mesh {testrun_uid}"
+    with open(f"{folder} lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            build(folder)
     return folder
 
 

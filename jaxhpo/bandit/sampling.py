@@ -214,7 +214,8 @@ def largest(
       batch: rows of an ask.
       enough: trials with a finite loss, at least 1.
       adopt: (state, aux, adopted) -> aux: what the method of a level is to remember of the rows where `adopted`,
-        bool[rows], which it has not chosen itself; what the one that chose them does if not given.
+        bool[rows], which chance has chosen. With it, the rows of an ask are taken from any one on, since those of a
+        population are for its members in turn; without, from the first on, since that is usually the best.
     """
 
     def init(key: jax.Array, settings: PyTree) -> Stack:
@@ -242,6 +243,8 @@ def largest(
         unit, aux, leaves = lax.cond((fresh & ~by_chance).any(), draw, rest, leaves)
         states = tuple(x.at[best].set(new) for x, new in zip(stack.states, leaves, strict=True))
         turn = jnp.cumsum(fresh & ~by_chance) - 1
+        if adopt is not None:
+            turn = (turn + jax.random.randint(key_chance, (), 0, batch)) % batch
         unit, aux = jax.tree.map(lambda x: x[turn], (unit, aux))
         unit = jnp.where(by_chance[:, None], space.sample(key_unit, batch).astype(unit.dtype), unit)
         return unit, Made(jnp.where(by_chance, -1, best), aux), stack._replace(states=states)

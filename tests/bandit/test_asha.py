@@ -110,11 +110,11 @@ def test_ranks_are_those_of_the_whole_record(monkeypatch):
 
 
 def test_a_full_record_loses_the_worst_of_the_lowest_rung():
-    ladder = ladders.empty(2, 64)
+    ladder, insert = ladders.empty(2, 64), jax.jit(ladders.insert)
     for start in range(0, 10_000, 64):
         trial = jnp.arange(start, start + 64)
         rung = (trial % 3 == 0).astype(jnp.int32)
-        ladder = ladders.insert(ladder, Entries(rung, (-trial).astype(jnp.float32), trial))
+        ladder = insert(ladder, Entries(rung, (-trial).astype(jnp.float32), trial))
     assert ladder.sorted.rung.shape[0] == 1024 and ladder.reached.tolist() == [6698, 3350]
     trial = jnp.array([9000, 600, 10_000])
     ranks = ladders.rank(ladder, Entries(jnp.array([1, 1, 0]), (-trial).astype(jnp.float32), trial))
