@@ -100,7 +100,7 @@ def test_the_highest_level_that_knows_enough_chooses():
 
 def test_what_is_on_its_way_to_the_level_is_pending():
     method = hpo.bohb(SPACE, max_steps=9, sampler=memo, batch=3, enough=2, paused=0, random_fraction=0.7)
-    _, trace = run(method, 120)
+    _, trace = run(method, 120, seed=1)
     seen, told, checked = set(), {1: 0, 3: 0, 9: 0}, set()
     for ids, unit, reached in zip(trace.trials.id, trace.trials.unit[..., 0], trace.reached, strict=True):
         able = [level for level in told if told[level] >= 2]
