@@ -25,7 +25,7 @@ import jaxhpo as hpo
 
 EPOCHS, FULL = 52, 20
 TASKS = ("3945", "34539", "126026", "167168", "189354")
-CURVE, CONFIGURATIONS = 51, 81
+CURVE, CONFIGURATIONS = 50, 81
 
 
 def lcbench_methods(space):
@@ -151,8 +151,63 @@ def run_lcbench(options):
         print(f"{name}: {time.perf_counter() - began:.1f} s, {rounds} rounds", flush=True)
 
 
+def taskset_methods(space):
+    """The methods under comparison, one trial at a time, and how many rounds they get."""
+    ladder = {"max_steps": CURVE, "batch": 1}
+    return {
+        "asha": (hpo.asha(space, **ladder), 2000),
+        "successive_halving": (hpo.successive_halving(space, trials=CONFIGURATIONS, min_steps=1, **ladder), None),
+        "hyperband": (hpo.hyperband(space, **ladder, cycles=2, in_flight=1), None),
+    }
+
+
+def recorded(curves):
+    """Training on a table float[rows, 1 + steps] of validation losses, from before the first step on; NaN is a run that
+    diverged."""
+    return hpo.Trainable(
+        init=lambda key, h: jnp.int32(0),
+        step=lambda key, step, h: step + 1,
+        evaluate=lambda step, h: curves[h["row"], step],
+    )
+
+
+def run_taskset(options):
+    data = np.load(Path(options.data) / "taskset_text12.npz")
+    tasks = [name for name in data.files if f"{name}|hp" in data.files]
+    valid = jnp.asarray(np.stack([data[name][:, 1] for name in tasks]), jnp.float32)
+    space = hpo.Space({"row": hpo.Int(0, valid.shape[1] - 1)})
+    keys = jax.vmap(jax.random.key)(np.arange(options.first, options.first + options.seeds))
+    print(f"{len(tasks)} tasks, {np.isnan(valid).any((1, 2)).sum()} of them with diverged runs")
+
+    def all_of(curves, key):
+        method = hpo.random(space, batch=CONFIGURATIONS)
+        objective = hpo.unroll(recorded(curves), CURVE)
+        return jnp.nanmin(hpo.study(objective, method, 1)(key)[1].losses)
+
+    everywhere = lambda one: jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))  # noqa: E731
+    goal = np.median(everywhere(all_of)(valid, keys), axis=1)
+    full = CURVE * CONFIGURATIONS
+    for name, (method, rounds) in taskset_methods(space).items():
+
+        def one(curves, key, method=method, rounds=rounds):
+            trace = hpo.study(recorded(curves), method, rounds)(key)[1]
+            return jnp.where(trace.trials.active, trace.trials.steps, 0), trace.losses
+
+        steps, losses = jax.device_get(everywhere(one)(valid, keys))
+        spent = np.cumsum(steps.sum(-1), axis=-1)
+        there = np.where(np.isfinite(losses), losses, np.inf).min(-1) <= goal[:, None, None]
+        share = np.where(there.any(-1), spent[*np.ogrid[: len(tasks), : len(keys)], there.argmax(-1)] / full, np.inf)
+        by_task = np.median(share, axis=1)
+        there, budget = np.isfinite(share).mean(), spent[..., -1].max() / full
+        print(
+            f"{name}: median {np.median(share):.3f} of the steps, {by_task.max():.3f} in the worst task; "
+            f"{there:.0%} of the runs get there within {budget:.2f} of the steps"
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--taskset", action="store_true", help="TaskSet instead of LCBench")
     parser.add_argument("--suite", help="Python file with LCBench's space and its surrogate in NumPy")
     parser.add_argument("--data", required=True, help="folder with lcbench_weights.npz and taskset_text12.npz")
     parser.add_argument("--out", help="file to which the rows are appended")
@@ -160,7 +215,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0, help="first seed")
     options = parser.parse_args()
-    run_lcbench(options)
+    run_taskset(options) if options.taskset else run_lcbench(options)
 
 
 if __name__ == "__main__":
