@@ -28,9 +28,9 @@ MEMORY = 256
 STRETCHES = 16
 ANYWHERE, NEARBY = 128, 128
 SPREAD = 0.1
-LENGTHSCALES = (0.1, 0.2, 0.4, 0.8)  # times the square root of the number of dims
+LENGTHSCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the square root of the number of dims
 EPSILONS = (0.0, 0.03, 0.1, 0.3)
-NOISES = (0.03, 0.3)
+NOISES = (0.003, 0.03, 0.3)
 C1, C2 = 0.2, 0.4
 LEAST = 1e-6
 
@@ -137,7 +137,7 @@ def fit(space: Space, seen: Seen) -> Model:
     grid = np.stack(np.meshgrid(LENGTHSCALES, EPSILONS, NOISES, indexing="ij"), 0).reshape(3, -1)
     grid[0] *= space.dims**0.5
     models = jax.vmap(condition)(Kernel(*jnp.asarray(grid, target.dtype)))
-    return jax.tree.map(lambda x: x[jnp.argmax(models.evidence)], models)
+    return jax.tree.map(lambda x: x[jnp.nanargmax(models.evidence)], models)
 
 
 def candidates(key: jax.Array, space: Space, unit: jax.Array, copies: jax.Array) -> jax.Array:
