@@ -23,6 +23,7 @@ from jaxhpo.space import Space, working_dtype
 from jaxhpo.trainable import Trainable, unjitted
 
 PyTree = Any
+FEWEST = 16
 
 
 class Segment(NamedTuple):
@@ -223,7 +224,7 @@ def replay(trainable: Trainable, schedule: Schedule, key: jax.Array) -> Replay:
         raise TypeError(f"schedule must be a Schedule, got {schedule!r}; say result.schedule()[0]")
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
         raise TypeError(f"key must be one PRNG key, got {key!r}; say jax.random.key(0), and jax.vmap for many")
-    segments = 1 << (len(schedule) - 1).bit_length()
+    segments = max(FEWEST, 1 << (len(schedule) - 1).bit_length())
     run, data, restore = _program(_Plan(trainable, schedule.space, segments, key))
     padded = lambda x: np.concatenate([x, np.repeat(x[-1:], segments - len(schedule), 0)])  # noqa: E731
     arrays = padded(schedule.id), padded(schedule.stop), jax.tree.map(padded, schedule.hparams)

@@ -21,3 +21,12 @@ def test_a_swarm_of_networks(tmp_path, capsys):
     assert outcome.accuracy > 0.88
     assert out.stat().st_size > 10_000
     assert f"test accuracy {outcome.accuracy:.4f}" in capsys.readouterr().out
+
+
+def test_a_population_of_cnns_and_its_schedule(capsys):
+    outcome = load("pbt_cnn").main(["--population", "5", "--every", "30", "--steps", "180"])
+    schedule = outcome.schedule
+    assert schedule.stop[-1] <= 180 and (schedule.stop % 30 == 0).all()
+    assert outcome.accuracy > 0.75 and outcome.retrained > 0.6
+    shown = capsys.readouterr().out
+    assert str(schedule.table()) in shown and f"test accuracy {outcome.accuracy:.4f}" in shown

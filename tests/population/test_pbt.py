@@ -269,11 +269,11 @@ def test_where_nobody_is_healthy_all_start_afresh():
     assert len(np.unique(t.unit[:, 0])) == 12
 
 
-@pytest.mark.parametrize("exploit", ["truncation", "tournament"])
-def test_fewer_lanes_give_the_same(exploit):
-    method = hpo.pbt(MIXED, every=3, population=6, exploit=exploit, quantile=0.5)
+@pytest.mark.parametrize("exploit, lanes", [("truncation", (2, 4)), ("tournament", (3,))])
+def test_fewer_lanes_give_the_same(exploit, lanes):
+    method = hpo.pbt({"x": hpo.Float(-5.0, 5.0)}, every=3, population=6, exploit=exploit, quantile=0.5)
     wide, *narrow = (
-        jax.device_get(jax.jit(hpo.study(Counter().trainable, method, 6, lanes=n))(KEY)) for n in (6, 2, 3, 4)
+        jax.device_get(jax.jit(hpo.study(Counter().trainable, method, 6, lanes=n))(KEY)) for n in (6, *lanes)
     )
     assert (wide[1].parent[1:] != wide[1].trials.id[1:]).sum() >= 10
     for other in narrow:
@@ -363,10 +363,12 @@ def test_copies_go_where_the_bound_is_lowest_and_keep_out_of_each_others_way():
     unit, round, change = bandit_data()
     seen, members = seen_of(space, unit, round, change), jnp.asarray(unit[-4:])
     copies = jnp.array([True, True, False, False])
-    propose = jax.jit(lambda stays: time_varying.propose(KEY, space, seen, jnp.int32(10), members, copies, stays))
-    chosen = np.asarray(propose(jnp.zeros(4, bool)))
+    propose = jax.jit(
+        lambda members, stays: time_varying.propose(KEY, space, seen, jnp.int32(10), members, copies, stays)
+    )
+    chosen = np.asarray(propose(members, jnp.zeros(4, bool)))
     options = np.asarray(time_varying.candidates(KEY, space, members, copies))
-    kernel = [float(x) for x in time_varying.fit(space, seen).kernel]
+    kernel = [float(x) for x in jax.jit(lambda s: time_varying.fit(space, s).kernel)(seen)]
     y = (change - change.mean()) / change.std()
     mean, deviation, _ = reference_posterior(unit, round, y, options, 10, kernel)
     beta = 0.2 + np.log(0.4 * 40)
@@ -374,9 +376,7 @@ def test_copies_go_where_the_bound_is_lowest_and_keep_out_of_each_others_way():
     np.testing.assert_array_equal(chosen[0], best)
     np.testing.assert_array_equal(chosen[2:], members[2:])
     assert np.abs(chosen[1] - chosen[0]).max() > 0
-    moved = time_varying.propose(
-        KEY, space, seen, jnp.int32(10), members.at[2].set(best), copies, jnp.array([False, False, True, False])
-    )
+    moved = propose(members.at[2].set(best), jnp.array([False, False, True, False]))
     assert np.abs(np.asarray(moved)[0] - best).max() > 0, "a point that is being tried is not tried again"
 
 
@@ -405,10 +405,10 @@ def test_the_bandit_finds_what_moves_with_time():
 
     def final(explore):
         method = hpo.pbt({"x": hpo.Array(2, 0.0, 1.0)}, every=2, population=6, max_steps=60, explore=explore)
-        _, trace = jax.jit(jax.vmap(hpo.study(drift, method)))(jax.random.split(KEY, 12))
+        _, trace = jax.jit(jax.vmap(hpo.study(drift, method)))(jax.random.split(KEY, 7))
         return float(np.median(np.asarray(trace.losses)[:, -1].min(-1)))
 
-    assert final("gp") < 0.7 * min(final("resample"), final("perturb"))
+    assert final("gp") < 0.7 * min(final("resample"), final("perturb"), final("additive"))
 
 
 # Schedules.
@@ -466,12 +466,8 @@ def test_other_keys_give_other_networks_in_one_program(walk):
     losses = jax.vmap(lambda k: hpo.replay(trainable, schedule, k).loss)(keys)
     np.testing.assert_allclose(losses[0], schedule.loss[-1], rtol=1e-5)
     assert len(np.unique(losses)) == 8
-    counter = Counter()
-    one, two = (
-        hpo.minimize(Counter().trainable, hpo.pbt(MIXED, every=4, population=4), key=k, rounds=4) for k in keys[:2]
-    )
-    schedules = [s for r in (one, two) for s in r.schedule() if len(s) == 2]
-    assert len(schedules) >= 2
+    counter, schedules = Counter(), result.schedule()
+    assert len({len(s) for s in schedules}) >= 2
     hpo.replay(counter.trainable, schedules[0], KEY)
     traces = counter.traces
     for schedule in schedules[1:]:
@@ -482,7 +478,7 @@ def test_other_keys_give_other_networks_in_one_program(walk):
 def test_a_constant_of_another_space_is_not_mistaken(walk):
     trainable, _ = walk
     for clip in (1.0, 7.0):
-        method = hpo.pbt({**MIXED, "clip": clip}, every=4, population=4)
+        method = hpo.pbt({"lr": MIXED["lr"], "clip": clip}, every=4, population=4)
         result = hpo.minimize(trainable, method, key=KEY, rounds=2)
         schedule = result.schedule()[0]
         np.testing.assert_allclose(hpo.replay(trainable, schedule, KEY).loss, schedule.loss[-1], rtol=1e-5)
@@ -505,7 +501,7 @@ def test_black_boxes_have_no_schedule():
 
 
 def test_resumed_studies_have_the_same_schedules(tmp_path):
-    method = hpo.pbt(MIXED, every=2, population=5, explore="gp")
+    method = hpo.pbt({"x": hpo.Float(-5.0, 5.0)}, every=2, population=5)
     study = functools.partial(hpo.minimize, Counter().trainable, method, key=KEY)
     straight = study(rounds=8)
     study(rounds=3, directory=tmp_path)
