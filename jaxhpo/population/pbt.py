@@ -219,7 +219,8 @@ def pbt(
 
     A copy is a new trial with an id of its own. A member whose loss is not finite is never copied, and it does not go
     on: it copies a healthy member, or starts afresh if there is none. Points given as `initial` take the place of the
-    first members; known results, which come without a training state, tell it nothing.
+    first members; known results, which come without a training state, tell it nothing. Its budgets are rounds and
+    steps: a budget of trials counts the copies.
 
     Args:
       space: a pytree of parameters, or a `Space`.
