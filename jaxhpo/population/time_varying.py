@@ -125,7 +125,8 @@ def fit(space: Space, seen: Seen) -> Model:
     number = seen.mask.sum(dtype=jnp.int32).astype(target.dtype)
     both = seen.mask[:, None] & seen.mask
 
-    def condition(kernel: Kernel) -> Model:
+    def condition(*values: jax.Array) -> Model:
+        kernel = Kernel(*values)
         gram = jnp.where(both, covariance(kernel, squares, age), 0)
         factor = jnp.linalg.cholesky(gram + jnp.diag(jnp.where(seen.mask, kernel.noise, 1)))
         whitened = solve_triangular(factor, target, lower=True)
@@ -134,9 +135,12 @@ def fit(space: Space, seen: Seen) -> Model:
         evidence = -jnp.log(jnp.diag(factor)).sum() - (number + 1) / 2 * jnp.log(scale)
         return Model(kernel, factor, whitened, scale, evidence)
 
-    grid = np.stack(np.meshgrid(LENGTHSCALES, EPSILONS, NOISES, indexing="ij"), 0).reshape(3, -1)
-    grid[0] *= space.dims**0.5
-    models = jax.vmap(condition)(Kernel(*jnp.asarray(grid, target.dtype)))
+    # One axis after the other, so that what depends on one of them alone is computed once for all of the others.
+    for axis in reversed(range(3)):
+        condition = jax.vmap(condition, [0 if i == axis else None for i in range(3)])
+    lengthscales = np.array(LENGTHSCALES) * space.dims**0.5
+    models = condition(*(jnp.asarray(values, target.dtype) for values in (lengthscales, EPSILONS, NOISES)))
+    models = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), models)
     return jax.tree.map(lambda x: x[jnp.nanargmax(models.evidence)], models)
 
 
