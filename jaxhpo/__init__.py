@@ -14,11 +14,12 @@ from jaxhpo.trainable import Trainable
 # How it is searched.
 from jaxhpo.bandit import asha, bohb, dehb, hyperband, successive_halving
 from jaxhpo.exhaustive import grid
-from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm
+from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm, pbt
 from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
 from jaxhpo.stochastic import annealing, quasirandom, random
 
 # Running a study.
+from jaxhpo.lineage import Schedule, replay
 from jaxhpo.minimize import AllTrialsFailed, minimize
 from jaxhpo.result import Result
 from jaxhpo.study import Trace, study
@@ -41,6 +42,7 @@ __all__ = [
     "OneOf",
     "Ordinal",
     "Result",
+    "Schedule",
     "Space",
     "Trace",
     "Trainable",
@@ -64,8 +66,10 @@ __all__ = [
     "islands",
     "minimize",
     "particle_swarm",
+    "pbt",
     "quasirandom",
     "random",
+    "replay",
     "select_optimizer",
     "study",
     "successive_halving",

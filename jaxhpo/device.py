@@ -89,7 +89,9 @@ class Plan:
         if self.mesh is None:
             return None
         everywhere = self.everywhere
-        return Carry(everywhere, Bank(over_devices(self.mesh), everywhere), Incumbent(everywhere, everywhere))
+        return Carry(
+            everywhere, Bank(over_devices(self.mesh), everywhere, everywhere), Incumbent(everywhere, everywhere)
+        )
 
     def __hash__(self) -> int:
         return hash(self.key)

@@ -277,7 +277,8 @@ class Host:
             self.room *= 2
             self.state = self.method.reserve(self.state, self.room)
         self.state = self.tell(self.state, told, jnp.asarray(losses[order]))
-        trace = Trace(jax.device_get(told)._replace(aux=()), np.zeros(len(losses), np.int32), losses[order])
+        none = np.zeros(len(losses), np.int32)
+        trace = Trace(jax.device_get(told)._replace(aux=()), none, losses[order], none - 1)
         meter = jax.device_get(begin(tally).after(trace))
         return jax.tree.map(lambda x: np.asarray(x)[None], trace), proceed(tally, meter, 0)
 

@@ -25,6 +25,8 @@ class Bank(NamedTuple):
     states: PyTree
     reached: jax.Array
     """i32[slots]: steps behind each"""
+    trial: jax.Array
+    """i32[slots]: id of the trial that has each"""
 
 
 class Incumbent(NamedTuple):
@@ -40,6 +42,8 @@ class Told(NamedTuple):
     losses: jax.Array
     reached: jax.Array
     """i32[batch]: steps behind each trial"""
+    parent: jax.Array
+    """i32[batch]: id of the trial whose training state each has continued, its own where it went on, -1 if fresh"""
     gradients: PyTree = None
     """shaped like `hparams`, where the method uses them"""
 
@@ -58,6 +62,7 @@ class Lanes(NamedTuple):
 class _Row(NamedTuple):
     key: jax.Array
     hparams: PyTree
+    id: jax.Array
     steps: jax.Array
     source: jax.Array
     slot: jax.Array
@@ -110,30 +115,39 @@ def make_lanes(
     def join(told: Told, active: jax.Array) -> Told:
         told = copied(jax.tree.map(lambda x: x.reshape(chunks * width, *x.shape[2:])[: method.batch], told))
         # What a lane without a trial computed depends on the chunks, so nobody gets to see it.
-        return told._replace(losses=jnp.where(active, told.losses, jnp.nan), reached=jnp.where(active, told.reached, 0))
+        return told._replace(
+            losses=jnp.where(active, told.losses, jnp.nan),
+            reached=jnp.where(active, told.reached, 0),
+            parent=jnp.where(active, told.parent, -1),
+        )
 
     part: Callable = _training if isinstance(problem, Trainable) else _evaluation
     slots = math.ceil(method.slots / mesh.size) * mesh.size if mesh else method.slots
-    init, chunk, restore = part(problem, method, width, slots, spread, copied)
+    init, settle, chunk, restore = part(problem, method, width, slots, spread, copied)
 
     def run(bank: Bank, incumbent: Incumbent, keys: jax.Array, trials: Trials) -> tuple[Bank, Incumbent, Told]:
         # Else the method's own sums would be split over the devices too, and be rounded in another order.
-        rows = cut(copied(_Row(keys, trials.hparams, trials.steps, trials.source, trials.slot, trials.active)))
+        rows = copied(_Row(keys, *(getattr(trials, name) for name in _Row._fields[1:])))
         if chunks == 1:
-            (bank, incumbent), told = chunk((bank, incumbent), jax.tree.map(lambda x: x[0], rows))
+            (bank, incumbent), told = chunk((bank, incumbent), jax.tree.map(lambda x: x[0], cut(rows)))
             return bank, incumbent, join(jax.tree.map(lambda x: x[None], told), trials.active)
-        (bank, incumbent), told = jax.lax.scan(chunk, (bank, incumbent), rows)
-        return bank, incumbent, join(told, trials.active)
+        # Rows that are not kept come first, while the states that they read are what they were.
+        order = jnp.argsort(jnp.where(rows.active, rows.slot < method.slots, 2), stable=True)
+        bank, parts = settle(bank, cut(jax.tree.map(lambda x: x[order], rows)))
+        (bank, incumbent), told = jax.lax.scan(chunk, (bank, incumbent), parts)
+        told = jax.tree.map(lambda x: x[jnp.argsort(order)], join(told, trials.active[order]))
+        return bank, incumbent, told
 
     return Lanes(init, run, restore)
 
 
 def _evaluation(
     objective: Callable, method: Method, width: int, slots: int, spread: Callable, copied: Callable
-) -> tuple[Callable, Callable, Callable]:
+) -> tuple[Callable, Callable, Callable, Callable]:
     del slots, copied
     space, dtype = method.space, working_dtype()
-    nothing = Bank((), jnp.zeros(0, jnp.int32)), Incumbent(jnp.asarray(jnp.inf, dtype), ())
+    nobody = jnp.zeros(0, jnp.int32)
+    nothing = Bank((), nobody, nobody), Incumbent(jnp.asarray(jnp.inf, dtype), ())
 
     def one(key: jax.Array, hparams: PyTree) -> tuple[jax.Array, PyTree]:
         if method.uses_gradients:
@@ -147,17 +161,17 @@ def _evaluation(
         def evaluate() -> Told:
             keys, hparams = spread((rows.key, rows.hparams))
             losses, gradients = jax.vmap(one)(keys, hparams)
-            return Told(losses, idle, gradients)
+            return Told(losses, idle, idle - 1, gradients)
 
         def skip() -> Told:
             gradients = jax.tree.map(jnp.zeros_like, rows.hparams) if method.uses_gradients else None
-            return Told(jnp.full(width, jnp.nan, dtype), idle, gradients)
+            return Told(jnp.full(width, jnp.nan, dtype), idle, idle - 1, gradients)
 
         told = jax.lax.cond(rows.active.any(), evaluate, skip)
         lowest = jnp.min(jnp.where(rows.active, ranked(told.losses), jnp.inf))
         return (bank, incumbent._replace(loss=jnp.minimum(incumbent.loss, lowest))), told
 
-    return lambda: nothing, chunk, lambda state: None
+    return lambda: nothing, lambda bank, rows: (bank, rows), chunk, lambda state: None
 
 
 def value_and_gradient(space: Space, objective: Callable, key: jax.Array, hparams: PyTree) -> tuple[jax.Array, PyTree]:
@@ -176,21 +190,27 @@ def value_and_gradient(space: Space, objective: Callable, key: jax.Array, hparam
     return value, jax.tree.unflatten(treedef, gradient)
 
 
-class _Raw(NamedTuple):
+class Raw(NamedTuple):
     """A `Trainable` whose states are plain numeric arrays: typed keys in them unwrapped, weak types made strong."""
 
     init: Callable
+    """(trial key, hparams) -> state"""
     step: Callable
+    """(trial key, state, hparams, the step that it reaches) -> state"""
     evaluate: Callable
+    """(state, hparams) -> loss"""
     shape: PyTree
+    """of a state"""
     restore: Callable
+    """(state) -> the training state as the user's functions know it"""
 
 
 def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _raw(trainable: Trainable, space: Space) -> _Raw:
+def raw_of(trainable: Trainable, space: Space) -> Raw:
+    """`trainable` as the engine runs it, for hyperparameters as `space` decodes them."""
     key, hparams = jax.eval_shape(lambda: (jax.random.key(0), space.decode(jnp.zeros(space.dims))))
 
     def unwrap(state: PyTree) -> PyTree:
@@ -222,22 +242,36 @@ def _raw(trainable: Trainable, space: Space) -> _Raw:
     def evaluate(state: PyTree, hparams: PyTree) -> jax.Array:
         return jnp.asarray(trainable.evaluate(wrap(state), space.fill(hparams)), working_dtype())
 
-    return _Raw(init, step, evaluate, jax.eval_shape(init, key, hparams), wrap)
+    return Raw(init, step, evaluate, jax.eval_shape(init, key, hparams), wrap)
 
 
 def _training(
     trainable: Trainable, method: Method, width: int, slots: int, spread: Callable, copied: Callable
-) -> tuple[Callable, Callable, Callable]:
-    raw = _raw(trainable, method.space)
+) -> tuple[Callable, Callable, Callable, Callable]:
+    raw = raw_of(trainable, method.space)
     dtype = working_dtype()
 
     def init() -> tuple[Bank, Incumbent]:
         bank = Bank(
             spread(jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), raw.shape)),
             jnp.zeros(slots, jnp.int32),
+            jnp.full(slots, -1, jnp.int32),
         )
         nobody = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), raw.shape)
         return bank, Incumbent(jnp.asarray(jnp.inf, dtype), nobody)
+
+    def settle(bank: Bank, rows: _Row) -> tuple[Bank, _Row]:
+        """Copies the states that move to where they are to be trained, so that no chunk reads what another wrote."""
+        moves = rows.active & (rows.source >= 0) & (rows.slot != rows.source) & (rows.slot < method.slots)
+
+        def move(bank: Bank, part: tuple[_Row, jax.Array]) -> tuple[Bank, None]:
+            row, moves = part
+            to = jnp.where(moves, row.slot, slots)
+            copy = lambda x: x.at[to].set(x[jnp.maximum(row.source, 0)], mode="drop")  # noqa: E731
+            return jax.lax.cond(moves.any(), lambda b: jax.tree.map(copy, b), lambda b: b, bank), None
+
+        bank, _ = jax.lax.scan(move, bank, (rows, moves))
+        return bank, rows._replace(source=jnp.where(moves, rows.slot, rows.source))
 
     def chunk(carry: tuple[Bank, Incumbent], rows: _Row) -> tuple[tuple[Bank, Incumbent], Told]:
         keys, hparams = spread((rows.key, rows.hparams))
@@ -253,6 +287,7 @@ def _training(
         def train(carry: tuple[Bank, Incumbent]) -> tuple[tuple[Bank, Incumbent], Told]:
             bank, incumbent = carry
             before = jnp.where(fresh, 0, bank.reached[source])
+            parent = jnp.where(fresh, -1, bank.trial[source])
             states = jax.tree.map(lambda x: x[source], bank.states)
             states = spread(jax.lax.cond((fresh & rows.active).any(), started, lambda s: s, states))
 
@@ -263,7 +298,8 @@ def _training(
             losses = jax.vmap(raw.evaluate)(states, hparams)
             states, losses, reached = copied((states, losses, before + rows.steps))
             keep = lambda record, row: record.at[slot].set(row, mode="drop")  # noqa: E731
-            bank = Bank(spread(jax.tree.map(keep, bank.states, states)), keep(bank.reached, reached))
+            bank = jax.tree.map(keep, bank, Bank(states, reached, rows.id))
+            bank = bank._replace(states=spread(bank.states))
             standing = jnp.where(rows.active, ranked(losses), jnp.inf)
             winner = jnp.argmin(standing)
             better = standing[winner] < incumbent.loss
@@ -271,11 +307,12 @@ def _training(
             incumbent = Incumbent(
                 jnp.where(better, standing[winner], incumbent.loss), jax.tree.map(take, states, incumbent.state)
             )
-            return (bank, incumbent), Told(losses, reached)
+            return (bank, incumbent), Told(losses, reached, parent)
 
         def idle(carry: tuple[Bank, Incumbent]) -> tuple[tuple[Bank, Incumbent], Told]:
-            return carry, Told(jnp.full(width, jnp.nan, dtype), jnp.zeros(width, jnp.int32))
+            nothing = jnp.zeros(width, jnp.int32)
+            return carry, Told(jnp.full(width, jnp.nan, dtype), nothing, nothing - 1)
 
         return jax.lax.cond((rows.steps > 0).any(), train, idle, carry)
 
-    return init, chunk, raw.restore
+    return init, settle, chunk, raw.restore

@@ -279,16 +279,16 @@ def _blank(space: Space) -> Records:
     trials = jax.eval_shape(lambda: space.decode(jax.numpy.zeros((0, space.dims))))
     empty = np.zeros(0, np.int32)
     hparams = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), trials)
-    return Records(
-        empty, empty, np.zeros((0, space.dims), working_dtype()), hparams, empty, np.zeros(0, working_dtype())
-    )
+    dtype = working_dtype()
+    return Records(empty, empty, np.zeros((0, space.dims), dtype), hparams, empty, np.zeros(0, dtype), empty)
 
 
 def _known(initial: Initial) -> Records:
     n = len(initial.known_losses)
     rows = np.arange(n, dtype=np.int32)
     losses = initial.known_losses.astype(initial.known_unit.dtype)
-    return Records(np.full(n, -1, np.int32), -1 - rows, initial.known_unit, initial.known_hparams, 0 * rows, losses)
+    none = np.full(n, -1, np.int32)
+    return Records(none, -1 - rows, initial.known_unit, initial.known_hparams, 0 * rows, losses, none)
 
 
 def _records(trace: Trace, first: int) -> Records:
@@ -302,6 +302,7 @@ def _records(trace: Trace, first: int) -> Records:
         hparams=jax.tree.map(take, trace.trials.hparams),
         steps=take(trace.reached),
         loss=take(trace.losses),
+        parent=take(trace.parent),
     )
 
 

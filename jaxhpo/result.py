@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
+    from jaxhpo.lineage import Schedule
+
 PyTree = Any
 
 
@@ -53,6 +55,9 @@ class Records(NamedTuple):
     """i32[n]: training steps reached; 0 where trials carry none"""
     loss: np.ndarray
     """float[n]: lower is better; NaN and the infinities are failures"""
+    parent: np.ndarray | None = None
+    """i32[n]: the trial whose training state was continued, its own where it went on, -1 where it started afresh;
+    `None` where that is not known"""
 
     @property
     def size(self) -> int:
@@ -286,10 +291,10 @@ class Result:
         """The `n` best trials as text, best first: header and rows of `table`."""
         t = self.trials
         best = t.best(n)
-        texts = _texts(self.space, take(t.hparams, best))
-        cells, hidden = list(texts.values())[:parameters], len(texts) - parameters
+        shown = texts(self.space, take(t.hparams, best))
+        cells, hidden = list(shown.values())[:parameters], len(shown) - parameters
         trained = bool((t.steps > 0).any())
-        header = ["rank", "id", *(["steps"] if trained else []), "loss", *list(texts)[:parameters]]
+        header = ["rank", "id", *(["steps"] if trained else []), "loss", *list(shown)[:parameters]]
         body = []
         for i, row in enumerate(best.tolist()):
             steps = [str(t.steps[row])] if trained else []
@@ -335,6 +340,32 @@ class Result:
         most = [f"{count} × {message}" for message, count in list(failures.items())[:3]]
         return head + ", ".join(most + (["…"] if len(failures) > 3 else []))
 
+    def schedule(self) -> "list[Schedule]":
+        """How the training states came to be that were alive at the end, best first.
+
+        Those are the states of the last round and of the trials that trained longest, if their last loss is finite.
+        The hyperparameters of a schedule change where a trial continued the training state of another.
+
+        Returns:
+          Schedules, by their last loss, which `jaxhpo.replay` trains by.
+
+        Raises:
+          ValueError: the trials of the study carry no steps.
+        """
+        from jaxhpo.lineage import survivors
+
+        return survivors(self.space, self.trials)
+
+    def best_schedule(self) -> "Schedule":
+        """How `best_state` came to be: the schedule that ends at `best_loss`.
+
+        Raises:
+          ValueError: the trials of the study carry no steps, or the best result was known beforehand.
+        """
+        from jaxhpo.lineage import lineage
+
+        return lineage(self.space, self.trials, int(self.trials.best(1)[0]))
+
     def plot(
         self,
         kind: Literal["best_so_far", "learning_curves", "parallel_coordinates", "slices"] = "best_so_far",
@@ -363,10 +394,10 @@ class Result:
         return report(self, path, title=title, facts=facts)
 
 
-def _texts(space: Space, hparams: PyTree) -> dict[str, list[str]]:
+def texts(space: Space, hparams: PyTree) -> dict[str, list[str]]:
     """The hyperparameters of some trials by name, those of a branch in brackets behind its choice."""
     owner = {leaf.start + i: leaf for leaf in space.leaves for i in range(leaf.size)}
-    texts: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     inside: dict[str, list[list[str]]] = {}
     for dim, column in enumerate(columns(space, hparams)):
         root = owner[dim]
@@ -374,7 +405,7 @@ def _texts(space: Space, hparams: PyTree) -> dict[str, list[str]]:
             root = owner[root.parent]
         shown = [show(value) for value in column.native().tolist()]
         if root is owner[dim]:
-            texts[column.name] = shown
+            found[column.name] = shown
             inside[root.path] = [[] for _ in shown]
             continue
         label = column.name.rpartition(".")[2]
@@ -382,8 +413,8 @@ def _texts(space: Space, hparams: PyTree) -> dict[str, list[str]]:
             notes += [f"{label}={text}"] * bool(live)
     for name, branches in inside.items():
         if any(branches):
-            texts[name] = [f"{t} ({', '.join(b)})" if b else t for t, b in zip(texts[name], branches, strict=True)]
-    return texts
+            found[name] = [f"{t} ({', '.join(b)})" if b else t for t, b in zip(found[name], branches, strict=True)]
+    return found
 
 
 def _series(pandas: Any, column: Column) -> Any:

@@ -28,6 +28,9 @@ class Trace(NamedTuple):
     """i32[rounds, batch]: training steps behind each trial"""
     losses: Any
     """float[rounds, batch]: of the active rows"""
+    parent: Any
+    """i32[rounds, batch]: id of the trial whose training state each has continued, its own where it went on, -1 where
+    it started afresh"""
     best_state: PyTree = None
     """the training state that had the lowest finite loss; `None` for an objective"""
 
@@ -204,7 +207,7 @@ def make_engine(
         bank, incumbent, told = runner.run(carry.bank, carry.incumbent, trial_keys(key, trials), trials)
         gradients = (told.gradients,) if method.uses_gradients else ()
         state = method.tell(state, trials, told.losses, *gradients)
-        return Carry(state, bank, incumbent), Trace(trials._replace(aux=()), told.reached, told.losses)
+        return Carry(state, bank, incumbent), Trace(trials._replace(aux=()), told.reached, told.losses, told.parent)
 
     return Engine(start, round_, runner.restore)
 

@@ -16,7 +16,7 @@ import jaxhpo as hpo
 from jaxhpo.bandit import asha, bohb, dehb, hyperband, successive_halving
 from jaxhpo.exhaustive import grid
 from jaxhpo.method import Method, Trials
-from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm
+from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm, pbt
 from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
 from jaxhpo.stochastic import annealing, quasirandom, random
 
@@ -63,6 +63,10 @@ CASES = [
     Case("islands", lambda space: islands(genetic(space, population=6, batch=3), 2, every=2)),
     Case("particle_swarm", lambda space: particle_swarm(space, particles=5, batch=5)),
     Case("particle_swarm-spso2011", lambda space: particle_swarm(space, particles=7, variant="spso2011", batch=5)),
+    Case("pbt", lambda space: pbt(space, population=5, every=3)),
+    Case("pbt-tournament", lambda space: pbt(space, population=5, every=3, exploit="tournament", explore="resample")),
+    Case("pbt-additive", lambda space: pbt(space, population=4, every=2, max_steps=11, explore="additive")),
+    Case("pbt-gp", lambda space: pbt(space, population=5, every=3, explore="gp"), chaotic=True),
     Case("tpe", lambda space: tpe(space, startup=5, candidates=8, batch=5)),
     Case("tpe-univariate", lambda space: tpe(space, multivariate=False, startup=5, candidates=8, batch=5)),
 ]

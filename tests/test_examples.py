@@ -30,3 +30,12 @@ def test_networks_on_many_devices(capsys):
     result = example.search(example.parse(["--max-steps", "27"]))
     assert result.best_loss < 0.6 and result.trials.steps.max() == 27
     assert f"{jax.device_count()} devices of 1 processes" in capsys.readouterr().out
+
+
+def test_a_population_of_cnns_and_its_schedule(capsys):
+    outcome = load("pbt_cnn").main(["--population", "5", "--every", "30", "--steps", "180"])
+    schedule = outcome.schedule
+    assert schedule.stop[-1] <= 180 and (schedule.stop % 30 == 0).all()
+    assert outcome.accuracy > 0.75 and outcome.retrained > 0.6
+    shown = capsys.readouterr().out
+    assert str(schedule.table()) in shown and f"test accuracy {outcome.accuracy:.4f}" in shown

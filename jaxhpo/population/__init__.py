@@ -5,5 +5,6 @@ from jaxhpo.population.differential_evolution import differential_evolution
 from jaxhpo.population.genetic import genetic
 from jaxhpo.population.islands import islands
 from jaxhpo.population.particle_swarm import particle_swarm
+from jaxhpo.population.pbt import pbt
 
-__all__ = ["cma_es", "differential_evolution", "genetic", "islands", "particle_swarm"]
+__all__ = ["cma_es", "differential_evolution", "genetic", "islands", "particle_swarm", "pbt"]
