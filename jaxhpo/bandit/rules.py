@@ -200,8 +200,8 @@ class ExtrapolationRule:
     """Stops a trial that will hardly be better at its end than the best of the completed trials.
 
     The last loss is predicted from the losses so far by an ensemble of curves, powers, exponentials and others, each
-    weighted by how well it fits. A trial stops when the probability that it ends below the lowest last loss of all completed
-    trials, known results included, is less than `probability`. It is looked at from its fourth stretch on.
+    weighted by how well it fits. A trial stops when the probability that it ends below the lowest last loss of all
+    completed trials, known results included, is less than `probability`. It is looked at from its fourth stretch on.
 
     What is told of a trial that stops is the last loss that is expected of it, so that the method can compare it with
     completed ones, but never one below the lowest that was measured.
