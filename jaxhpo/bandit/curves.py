@@ -20,10 +20,10 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import ndtr
 
-EXPONENTS = (0.25, 0.5, 1.0, 2.0)
+EXPONENTS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 STRETCHINGS = (0.5, 1.0, 2.0)
 HILLS = (1.5, 2.0)
-RATES = 8
+RATES = 16
 FEWEST = 4
 NOISE = 0.03
 WORTH = 12
