@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxhpo.bandit.rules import Record, Rule, Verdict, beat, complete, no_record
@@ -65,7 +66,7 @@ class State(NamedTuple):
 def _functions(
     space: Space, inner: Inner, batch: int, every: int, stretches: int, judge: Callable
 ) -> tuple[Callable, Callable, Callable, Callable]:
-    lane = jnp.arange(batch, dtype=jnp.int32)
+    lane = np.arange(batch, dtype=np.int32)
 
     def init(key: jax.Array, settings: PyTree) -> State:
         method = inner.init(key, settings["method"])
@@ -96,9 +97,9 @@ def _functions(
             id=lanes.trial,
             steps=jnp.full(batch, every, jnp.int32),
             source=jnp.where(fresh, -1, lane),
-            slot=lane,
+            slot=jnp.asarray(lane),
             active=jnp.ones(batch, bool),
-            aux=Row(lane, lanes.trial, lanes.reached, lanes.curve, lanes.aux),
+            aux=Row(jnp.asarray(lane), lanes.trial, lanes.reached, lanes.curve, lanes.aux),
         )
         started = state.started + fresh.sum(dtype=jnp.int32)
         return trials, state._replace(lanes=lanes, method=method, started=started)

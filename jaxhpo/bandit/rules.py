@@ -63,7 +63,8 @@ def complete(record: Record, curves: jax.Array, done: jax.Array) -> Record:
 
 def beat(record: Record, losses: jax.Array, known: jax.Array) -> Record:
     """The record with results that were known beforehand, rows of which there are no curves, as losses to beat."""
-    return record._replace(best=jnp.minimum(record.best, jnp.where(known, ranked(losses), jnp.inf).min()))
+    best = jnp.where(known, ranked(losses), jnp.inf).min().astype(record.best.dtype)
+    return record._replace(best=jnp.minimum(record.best, best))
 
 
 class MedianSettings(NamedTuple):

@@ -3,7 +3,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optuna
 import pytest
 
 import jaxhpo as hpo
@@ -101,6 +100,7 @@ def test_median_decides_as_a_plain_one(averaged, quantile):
 @pytest.mark.parametrize("quantile", [0.5, 0.25])
 def test_without_averages_it_decides_as_optuna(quantile):
     done, mine = some_curves(9, stretches=6), some_curves(25, seed=2, stretches=6)
+    optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     pruner = optuna.pruners.PercentilePruner(100 * quantile, n_startup_trials=4, n_warmup_steps=2)
     study = optuna.create_study(pruner=pruner)
