@@ -12,7 +12,16 @@ from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
 # How it is searched.
-from jaxhpo.bandit import asha, bohb, dehb, hyperband, successive_halving
+from jaxhpo.bandit import (
+    ExtrapolationRule,
+    MedianRule,
+    asha,
+    bohb,
+    dehb,
+    early_stopping,
+    hyperband,
+    successive_halving,
+)
 from jaxhpo.exhaustive import grid
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm, pbt
 from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
@@ -35,9 +44,11 @@ __all__ = [
     "Array",
     "Categorical",
     "Count",
+    "ExtrapolationRule",
     "Float",
     "History",
     "Int",
+    "MedianRule",
     "Method",
     "OneOf",
     "Ordinal",
@@ -57,6 +68,7 @@ __all__ = [
     "coordinate_descent",
     "dehb",
     "differential_evolution",
+    "early_stopping",
     "external",
     "flax_trainable",
     "genetic",

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxhpo as hpo
-from jaxhpo.bandit import asha, bohb, dehb, hyperband, successive_halving
+from jaxhpo.bandit import (
+    ExtrapolationRule,
+    MedianRule,
+    asha,
+    bohb,
+    dehb,
+    early_stopping,
+    hyperband,
+    successive_halving,
+)
 from jaxhpo.exhaustive import grid
 from jaxhpo.method import Method, Trials
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm, pbt
@@ -47,6 +56,14 @@ CASES = [
     Case("bohb-hyperband", lambda space: bohb(space, max_steps=9, enough=4, scheduler="hyperband", batch=5)),
     Case("bohb-pooled", lambda space: bohb(space, max_steps=4, eta=2, model="pooled", batch=4)),
     Case("dehb", lambda space: dehb(space, max_steps=9, population=4, batch=5)),
+    Case(
+        "early_stopping",
+        lambda space: early_stopping(tpe(space, startup=5, candidates=8, batch=5), MedianRule(6, every=2, least=2)),
+    ),
+    Case(
+        "early_stopping-extrapolation",
+        lambda space: early_stopping(genetic(space, population=6, batch=4), ExtrapolationRule(6, every=1)),
+    ),
     Case("cma_es", lambda space: cma_es(space, population=7, batch=5)),
     Case("cma_es-separable", lambda space: cma_es(space, population=4, covariance="separable", elites=0, batch=5)),
     Case("differential_evolution", lambda space: differential_evolution(space, population=7, trials=40, batch=5)),
