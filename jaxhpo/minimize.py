@@ -121,7 +121,13 @@ def minimize(
     given = read_initial(method, initial)
     processes, store = processes_of(mesh), None
     described = functools.partial(describe, method, key, given, repeats, problem)
-    call = {"budget": budget, "lanes": lanes, "directory": directory is None, "callbacks": len(callbacks)}
+    # How much time is left may differ, the clock of the first process counts.
+    call = {
+        "budget": budget._replace(time_limit=0),
+        "lanes": lanes,
+        "directory": directory is None,
+        "callbacks": len(callbacks),
+    }
     processes.check_alike(lambda: described() | {name: digest(canonical(value)) for name, value in call.items()})
     if directory is not None:
         store = processes.once(lambda: Directory(directory, described()))

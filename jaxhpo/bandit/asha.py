@@ -39,9 +39,10 @@ def asha(
       eta: at least 2; of the trials that have reached a rung, the best `1/eta` move up.
       min_steps: training steps of the lowest rung, at least 1 and at most `max_steps`.
       batch: lanes; trials that train side by side.
-      paused: trials beside them whose training states are kept, since they may still move up; the others are given up
-        first, those that are furthest from the best of their rung. With 0, a trial goes on at once or stops for good.
-        If not given, as many as lanes, and at least 16.
+      paused: trials beside them whose training states are kept, since they may still move up. If there are more, those
+        that will wait longest are given up; where that leaves a rung with fewer that may move up than `1/eta`, the best
+        that are there do. With 0, a trial goes on at once or stops for good. If not given, as many as lanes, and at
+        least 16.
       sampler: builder of the method that chooses the configurations, called as `sampler(space, batch=batch)`. It is
         told each trial once, when it has reached the lowest rung.
 

@@ -1,7 +1,7 @@
 """BOHB: Hyperband or ASHA, whose configurations come from a model of what trials reached with the most training.
 
 Reference: Falkner, Klein and Hutter (2018), BOHB: robust and efficient hyperparameter optimization at scale, ICML,
-Algorithm 2. The model over all budgets at once orders trials as Optuna does: first by how far they got.
+Algorithm 2. The model over all budgets at once orders trials first by how far they got, as Optuna does.
 """
 
 from collections.abc import Callable
@@ -38,8 +38,9 @@ def bohb(
     """Trials that race for training steps, chosen by a model of what those before them reached.
 
     Every number of steps at which trials are compared has a model of its own, which learns of a trial when it has
-    trained that long. The one with the most steps that knows `enough` trials chooses; trials that are still on their
-    way there are pending for it. Each model remembers the last 1,024 trials, and the best quarter of those before.
+    trained that long. The one with the most steps that knows `enough` trials chooses. Trials that may still get there
+    are pending for it, those in training and the paused ones, and those that were given up before have failed. Each
+    model remembers about 1,024 trials: the latest, and the best quarter of those before.
 
     Args:
       space: a search space, or the tree that describes it.
@@ -53,8 +54,9 @@ def bohb(
       paused: of ASHA, trials beside those in the lanes whose training states are kept.
       sampler: builder of the models, called as `sampler(space, batch=batch)`: any black-box method that goes on.
       model: "largest", as above; or "pooled", one model for all numbers of steps, for which trials that got further
-        are better than those that did not: for methods that only look at the order of losses, as `tpe` does.
-      enough: trials with a finite loss that a model needs before it may choose; `dims + 3` if not given.
+        are better than those that did not: for methods that only look at the order of losses, as `tpe` does. It is
+        told of a trial at each.
+      enough: trials with a finite loss that a model needs before it may choose; `dims + 3`, at least 8, if not given.
       random_fraction: share of trials that are chosen by chance, in [0, 1]. BOHB's authors take a third; `tpe` explores
         by itself.
 
@@ -75,7 +77,7 @@ def bohb(
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
     one_of("model", model, MODELS)
-    enough = space.dims + 3 if enough is None else whole("enough", enough, 1)
+    enough = max(space.dims + 3, 8) if enough is None else whole("enough", enough, 1)
     chance = real("random_fraction", random_fraction, 0, 1, "a third is usual for models that never explore")
     inner, settings = inner_of(sampler, space, batch)
     return scheduled(

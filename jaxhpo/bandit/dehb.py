@@ -20,23 +20,33 @@ from jaxhpo.population.differential_evolution import ADAPTIVE, Row, State, diffe
 from jaxhpo.space import Space, working_dtype
 
 
-def against_the_worst(state: State, row: Row, adopted: jax.Array) -> Row:
-    """What differential evolution remembers of trials that it did not ask for: each competes with one of the worst.
+def adopted(state: State, row: Row, elsewhere: jax.Array, by_chance: jax.Array) -> Row:
+    """What differential evolution remembers of trials that it did not ask for.
+
+    Each competes in the place where its parent is in the population that it comes from. If chance has chosen it, or as
+    long as there are empty places, it competes with one of the worst members.
 
     Args:
       state: the population.
       row: of all trials.
-      adopted: bool[rows], those that chance has chosen.
+      elsewhere: bool[rows], those that this population has not asked for.
+      by_chance: bool[rows], those of them that no population has.
     """
-    turn = jnp.cumsum(adopted, dtype=jnp.int32) - 1
-    number = min(adopted.shape[0], state.loss.shape[0])
+    moves = elsewhere & (by_chance | ~complete(state))
+    turn = jnp.cumsum(moves, dtype=jnp.int32) - 1
+    number = min(moves.shape[0], state.loss.shape[0])
     worst = lax.top_k(state.loss, number)[1].astype(jnp.int32)
     return Row(
-        member=jnp.where(adopted, worst[jnp.clip(turn, 0, number - 1)], row.member),
-        start=jnp.where(adopted, state.start, row.start),
-        weight=jnp.where(adopted, 0, row.weight),
-        rate=jnp.where(adopted, 0, row.rate),
+        member=jnp.where(moves, worst[jnp.clip(turn, 0, number - 1)], row.member),
+        start=jnp.where(elsewhere, state.start, row.start),
+        weight=jnp.where(elsewhere, 0, row.weight),
+        rate=jnp.where(elsewhere, 0, row.rate),
     )
+
+
+def complete(state: State) -> jax.Array:
+    """Whether a trial is known for every member: bool[]."""
+    return jnp.isfinite(state.loss).all()
 
 
 def dehb(
@@ -98,7 +108,7 @@ def dehb(
         "dehb",
         scheduler,
         space,
-        lambda levels: largest(inner, space, levels, batch, members, against_the_worst),
+        lambda levels: largest(inner, space, levels, batch, members, adopted, complete),
         {"sampler": settings, "random_fraction": jnp.zeros((), working_dtype())},
         max_steps=max_steps,
         eta=eta,

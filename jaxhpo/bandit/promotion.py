@@ -65,10 +65,29 @@ class State(NamedTuple):
     """i32[]: trials so far"""
 
 
-def promotable(kept: Kept, rank: jax.Array, reached: jax.Array, eta: int) -> jax.Array:
-    """Which paused trials are among the best `1/eta` of those that have reached their rung: bool[slots]."""
-    paused = (kept.trial >= 0) & (kept.left == 0) & jnp.isfinite(kept.loss)
-    return paused & (rank < reached[kept.rung] // eta)
+def promotable(kept: Kept, rank: jax.Array, reached: jax.Array, eta: int, refill: bool) -> jax.Array:
+    """Which paused trials may move up: bool[slots].
+
+    Those among the best `1/eta` of all that have reached their rung may (Algorithm 2). With `refill`, also the best
+    that are still there, as long as fewer than `1/eta` have moved up because others were given up.
+    """
+    there, top = kept.trial >= 0, reached.shape[0] - 1
+    paused = there & (kept.left == 0) & jnp.isfinite(kept.loss)
+    quota = reached[kept.rung] // eta
+    if not refill:
+        return paused & (rank < quota)
+    rungs = jnp.arange(top + 1, dtype=jnp.int32)[:, None]
+    on_the_way = (there & (kept.left > 0) & (kept.rung == rungs)).sum(1, dtype=jnp.int32)
+    moved = (reached + on_the_way)[jnp.minimum(kept.rung + 1, top)]
+    lower = (paused & (kept.rung == rungs)).sum(1, dtype=jnp.int32)
+    place = _order(paused, kept.rung, rank) - (jnp.cumsum(lower) - lower)[kept.rung]
+    return paused & ((rank < quota) | (moved + place < quota))
+
+
+def _starts_away(kept: Kept, rank: jax.Array, reached: jax.Array, eta: int) -> jax.Array:
+    """About how many trials have to start until a paused one may move up, if none is better: float[slots]."""
+    lacking = (eta * (rank + 1) - reached[kept.rung]).astype(kept.loss.dtype)
+    return lacking * jnp.asarray([float(eta) ** k for k in range(reached.shape[0])], lacking.dtype)[kept.rung]
 
 
 def _order(eligible: jax.Array, *keys: jax.Array) -> jax.Array:
@@ -99,12 +118,12 @@ def _functions(
         kept = state.kept
         rank = ladders.rank(state.ladder, Entries(kept.rung, kept.loss, kept.trial))
         training = (kept.trial >= 0) & (kept.left > 0)
-        hopeful = promotable(kept, rank, state.ladder.reached, eta)
+        hopeful = promotable(kept, rank, state.ladder.reached, eta, refill=paused > 0)
         lanes = batch - training.sum(dtype=jnp.int32)
         promoted = hopeful & (_order(hopeful, -kept.rung, rank) < lanes)
         waits = (kept.trial >= 0) & ~training & ~promoted
-        share = (rank + 1) / jnp.maximum(state.ladder.reached[kept.rung], 1)
-        stays = waits & (_order(waits, share.astype(kept.loss.dtype), -kept.rung) < paused)
+        away = _starts_away(kept, rank, state.ladder.reached, eta)
+        stays = waits & (_order(waits, away, -kept.rung) < paused)
         sampler = given_up(space, sampling, state.sampler, kept.unit, kept.aux, kept.rung, waits & ~stays)
         free = ~(training | promoted | stays)
         begins = free & (jnp.cumsum(free, dtype=jnp.int32) <= lanes - promoted.sum(dtype=jnp.int32))
@@ -144,8 +163,9 @@ def _functions(
         row: Row = trials.aux
         # A row without steps is a result that was known beforehand: only the sampler learns from it.
         trained = trials.active & (trials.steps > 0)
-        owner = state.kept.trial[row.slot]
-        ours = trained & ((owner < 0) | (owner == row.trial))
+        held = jax.tree.map(lambda x: x[row.slot], state.kept._replace(aux=()))
+        expected = (held.trial == row.trial) & (held.rung == row.rung) & (held.left == row.left + quantum)
+        ours = trained & ((held.trial < 0) | expected)
         broken = failed(losses)
         ended = ours & ((row.left <= 0) | broken)
         leaves = ended & (broken | (row.rung == top))

@@ -225,7 +225,7 @@ def _functions(
             row.place, trials.unit, ranked(losses).astype(trials.unit.dtype), row.ends | failed(losses), row.aux
         )
         records = _put(state.kept, jnp.where(known, row.slot, slots), told)
-        learns = trials.active & (~trained | row.ends | failed(losses))
+        learns = trials.active & (~trained | (known & (row.ends | failed(losses))))
         seen = trials._replace(aux=row.aux, active=learns, steps=row.reached)
         level = jnp.asarray(tables.level)
         level = jnp.where(trained, level[row.place.bracket, row.place.rung], level.max())

@@ -176,7 +176,10 @@ def _told(
 
     def tell(_: None, one: tuple) -> tuple[None, tuple]:
         leaves, here = one
-        mine = trials.active & ((level == here) | (failed(losses) & (level < here)))
+        mine = level == here
+        if adopt is None:
+            mine |= failed(losses) & (level < here)
+        mine &= trials.active
         order = jnp.pad(jnp.argsort(~mine, stable=True), (0, spare))
         number = mine.sum(dtype=jnp.int32)
 
@@ -186,7 +189,8 @@ def _told(
             part = part._replace(active=i * width + jnp.arange(width) < number)
             state = inner.shown(leaves)
             if adopt is not None:
-                part = part._replace(aux=adopt(state, part.aux, part.active & (made.level[at] < 0)))
+                by_chance, elsewhere = made.level[at] < 0, made.level[at] != here
+                part = part._replace(aux=adopt(state, part.aux, part.active & elsewhere, by_chance))
             return inner.hidden(inner.tell(state, part, losses[at]))
 
         return None, lax.fori_loop(0, (number + width - 1) // width, some, leaves)
@@ -203,7 +207,13 @@ def _room(inner: Inner, stack: Stack, capacity: int) -> Stack:
 
 @functools.lru_cache(maxsize=256)
 def largest(
-    inner: Inner, space: Space, levels: int, batch: int, enough: int, adopt: Callable | None = None
+    inner: Inner,
+    space: Space,
+    levels: int,
+    batch: int,
+    enough: int,
+    adopt: Callable | None = None,
+    ready: Callable | None = None,
 ) -> Sampling:
     """The method of the highest level that was told enough trials chooses; before there is one, chance does.
 
@@ -213,9 +223,11 @@ def largest(
       levels: how many.
       batch: rows of an ask.
       enough: trials with a finite loss, at least 1.
-      adopt: (state, aux, adopted) -> aux: what the method of a level is to remember of the rows where `adopted`,
-        bool[rows], which chance has chosen. With it, the rows of an ask are taken from any one on, since those of a
-        population are for its members in turn; without, from the first on, since that is usually the best.
+      adopt: (state, aux, elsewhere, by_chance) -> aux: what the method of a level is to remember of the rows that it
+        has not chosen itself, bool[rows], and of these, those that chance has. With it, the rows of an ask are taken
+        from any one on, since those of a population are for its members in turn. Without, they are taken from the
+        first on, since that is usually the best, and a trial that is given up counts as failed on all levels above.
+      ready: (state) -> bool[]: what must hold of a state besides.
     """
 
     def init(key: jax.Array, settings: PyTree) -> Stack:
@@ -225,8 +237,10 @@ def largest(
         key: jax.Array, stack: Stack, fresh: jax.Array, level: jax.Array, training: Training
     ) -> tuple[jax.Array, PyTree, Stack]:
         del level
-        key_unit, key_chance, key_ask = jax.random.split(key, 3)
+        key_unit, key_chance, key_ask, key_row = jax.random.split(key, 4)
         able = stack.told >= enough
+        if ready is not None:
+            able &= jax.vmap(lambda leaves: ready(inner.shown(leaves)))(stack.states)
         best = jnp.max(jnp.where(able, jnp.arange(levels, dtype=jnp.int32), 0))
         by_chance = (jax.random.uniform(key_chance, (batch,)) < stack.chance) | ~able.any()
         leaves = tuple(x[best] for x in stack.states)
@@ -244,7 +258,7 @@ def largest(
         states = tuple(x.at[best].set(new) for x, new in zip(stack.states, leaves, strict=True))
         turn = jnp.cumsum(fresh & ~by_chance) - 1
         if adopt is not None:
-            turn = (turn + jax.random.randint(key_chance, (), 0, batch)) % batch
+            turn = (turn + jax.random.randint(key_row, (), 0, batch)) % batch
         unit, aux = jax.tree.map(lambda x: x[turn], (unit, aux))
         unit = jnp.where(by_chance[:, None], space.sample(key_unit, batch).astype(unit.dtype), unit)
         return unit, Made(jnp.where(by_chance, -1, best), aux), stack._replace(states=states)
@@ -290,8 +304,23 @@ def pooled(inner: Inner, space: Space, levels: int, batch: int, enough: int) -> 
         return base.ask(key, stack, fresh, level, training._replace(level=jnp.zeros_like(training.level)))
 
     def tell(stack: Stack, trials: Trials, losses: jax.Array, level: jax.Array, first: jax.Array) -> Stack:
-        squashed = losses / (1 + jnp.abs(losses))
-        ordered = jnp.where(jnp.isfinite(losses), 2.0 * (levels - 1 - level) + squashed, losses).astype(losses.dtype)
+        ordered = jnp.where(failed(losses), losses, by_level(losses, level, levels))
         return base.tell(stack, trials, ordered, jnp.zeros_like(level), first)
 
     return Sampling(base.init, ask, tell, base.reserve, base.blank)
+
+
+def by_level(losses: jax.Array, level: jax.Array, levels: int) -> jax.Array:
+    """Numbers in the order of the levels, the highest first, and in a level in that of the losses: float[n].
+
+    All but the last few bits of a loss are kept: floats of one sign are ordered as the integers with the same bits.
+    """
+    bits = jnp.finfo(losses.dtype).bits
+    integer = jnp.dtype(f"int{bits}")
+    flip = lambda x: x ^ ((x >> (bits - 1)) & jnp.iinfo(integer).max)  # noqa: E731
+    # One bit more, so that no exponent is that of infinity.
+    spared = (levels - 1).bit_length() + 1
+    order = flip(lax.bitcast_convert_type(losses, integer)) >> spared
+    middle = (levels - 1) // 2
+    order += (middle - level).astype(integer) << (bits - spared)
+    return lax.bitcast_convert_type(flip(order), losses.dtype)

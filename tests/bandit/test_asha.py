@@ -21,16 +21,21 @@ def plain_asha(rungs, eta, batch, paused, rounds, loss):
 
     for _ in range(rounds):
         while len(running) < batch:
-            able = {
-                t: k for t, k in waiting.items() if place(t, k) < len(reached[k]) // eta and np.isfinite(reached[k][t])
-            }
+            able = {}
+            for k in range(len(rungs) - 1):
+                quota, there = len(reached[k]) // eta, [t for t, rung in waiting.items() if rung == k]
+                there.sort(key=lambda t, k=k: place(t, k))
+                moved = len(reached[k + 1]) + sum(rungs[k] <= running[t] < rungs[k + 1] for t in running)
+                able |= {t: k for t in there if place(t, k) < quota}
+                if paused:  # where some were given up, the best that are there fill the quota
+                    able |= {t: k for t in there[: max(quota - moved, 0)]}
             if able:
                 trial = min(able, key=lambda t: (-able[t], place(t, able[t])))
                 running[trial] = rungs[waiting.pop(trial)]
             else:
                 running[started], started = 0, started + 1
-        share = {t: ((place(t, k) + 1) / len(reached[k]), -k) for t, k in waiting.items()}
-        waiting = {t: waiting[t] for t in sorted(waiting, key=share.get)[:paused]}
+        away = {t: ((eta * (place(t, k) + 1) - len(reached[k])) * eta**k, -k, t) for t, k in waiting.items()}
+        waiting = {t: waiting[t] for t in sorted(waiting, key=away.get)[:paused]}
         running = {t: s + quantum for t, s in running.items()}
         history.append(sorted(running.items()))
         for trial, steps in sorted(running.items()):
@@ -88,6 +93,35 @@ def test_failed_trials_are_never_promoted_and_cost_no_more_steps():
     assert len(dead) > 20 and len(set(dead.tolist())) == len(dead)
     assert (reached[np.isin(ids, dead)] <= 2).all()
     assert reached[~np.isin(ids, dead)].max() == 9
+
+
+TIED = hpo.Trainable(
+    init=lambda key, h: jnp.int32(0), step=lambda key, s, h: s + 1, evaluate=lambda s, h: jnp.round(h["x"])
+)
+
+
+def test_ties_and_little_room_do_not_stop_promotions():
+    reached = {}
+    for paused in (None, 4, 300):
+        _, trace = run(hpo.asha(SPACE, max_steps=9, batch=8, paused=paused), 200, TIED)
+        reached[paused] = np.array([(trace.reached == steps).sum() for steps in (1, 3, 9)])
+    assert (reached[300] > 20).all()
+    assert np.allclose(reached[None], reached[300], rtol=0.05) and np.allclose(reached[4], reached[300], rtol=0.15)
+
+
+def test_a_row_that_is_told_again_changes_nothing():
+    method = hpo.asha(SPACE, max_steps=9, batch=4)
+    state, losses = method.init(jax.random.key(0)), jnp.array([0.1, 0.2, 0.3, 0.4])
+    ask, tell = jax.jit(method.ask), jax.jit(method.tell)
+    first, state = ask(jax.random.key(1), state)
+    state = tell(state, first, losses)
+    again = tell(state, first, losses)
+    assert again.ladder.reached.tolist() == state.ladder.reached.tolist() == [4, 0, 0]
+    second, state = ask(jax.random.key(2), state)
+    assert 0 in second.id.tolist()
+    late = tell(state, first, losses)
+    np.testing.assert_array_equal(late.kept.rung, state.kept.rung)
+    np.testing.assert_array_equal(late.kept.left, state.kept.left)
 
 
 def test_ranks_are_those_of_the_whole_record(monkeypatch):

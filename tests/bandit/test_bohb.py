@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import jaxhpo as hpo
-from jaxhpo.bandit.dehb import against_the_worst
+from jaxhpo.bandit.dehb import adopted
+from jaxhpo.bandit.sampling import by_level
 from jaxhpo.method import Count, black_box, count
 from tests.bandit.races import RACE, SPACE, run
 
@@ -174,16 +175,28 @@ def test_learns_where_the_optimum_is(build, scheduler):
     assert np.median(early) > 0.15 and np.median(late) < 0.12, (np.median(early), np.median(late))
 
 
-def test_a_trial_of_chance_competes_with_the_worst_member():
+def test_who_competes_with_whom():
     method = hpo.differential_evolution(SPACE, population=4, batch=4)
     state = method.init(jax.random.key(0))
-    state = state._replace(loss=jnp.array([1.0, jnp.inf, 3.0, 2.0]), start=jnp.int32(5))
     rows = method.ask(jax.random.key(1), state)[0].aux
-    row = against_the_worst(state, rows, jnp.array([False, True, False, True]))
-    assert row.member[jnp.array([1, 3])].tolist() == [1, 2]
-    assert row.member[jnp.array([0, 2])].tolist() == rows.member[jnp.array([0, 2])].tolist()
-    assert row.start.tolist() == [int(rows.start[0]), 5, int(rows.start[2]), 5]
-    assert row.weight[1] == 0 and row.weight[0] == rows.weight[0]
+    state = state._replace(loss=jnp.array([1.0, jnp.inf, 3.0, 2.0]), start=jnp.int32(5))
+    chance, elsewhere = jnp.array([False, True, False, False]), jnp.array([False, True, False, True])
+    row = adopted(state, rows, elsewhere, chance)
+    assert row.member.tolist() == [0, 1, 2, 2], "while a place is empty, all others take the worst"
+    assert row.start.tolist() == [0, 5, 0, 5] and row.weight[1] == row.weight[3] == 0
+    full = state._replace(loss=jnp.array([1.0, 4.0, 3.0, 2.0]))
+    assert adopted(full, rows, elsewhere, chance).member.tolist() == [0, 1, 2, 3], "then only those of chance do"
+    assert row.weight[0] == rows.weight[0]
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5, 7])
+def test_levels_come_before_losses(levels):
+    losses = np.array([-3e38, -1e8, -1.001, -1.0, -1e-30, 0.0, 1e-30, 1.0, 1.001, 1e5, 1.001e5, 1e8, 2e8, 3e38])
+    level, loss = (x.ravel() for x in np.meshgrid(np.arange(levels), losses.astype(np.float32)))
+    found = np.asarray(by_level(jnp.asarray(loss), jnp.asarray(level), levels))
+    assert np.isfinite(found).all() and found.dtype == np.float32
+    assert np.array_equal(np.argsort(found, kind="stable"), np.lexsort((loss, -level)))
+    assert len(set(found.tolist())) == len(found)
 
 
 def test_children_compete_with_their_parents_and_chance_fills_the_populations():
