@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxhpo.bandit.sampling import inner_of, largest
 from jaxhpo.bandit.schedulers import scheduled
-from jaxhpo.checks import whole
+from jaxhpo.checks import real, whole
 from jaxhpo.method import Method
 from jaxhpo.population.differential_evolution import ADAPTIVE, Row, State, differential_evolution
 from jaxhpo.space import Space, working_dtype
@@ -61,7 +61,8 @@ def dehb(
     in_flight: int | None = None,
     paused: int | None = None,
     strategy: str = ADAPTIVE,
-    population: int = 10,
+    population: int | None = None,
+    random_fraction: float = 0.2,
 ) -> Method:
     """Trials that race for training steps, made by differential evolution from those that trained longest.
 
@@ -81,10 +82,11 @@ def dehb(
       in_flight: of Hyperband, how many brackets may run at the same time; all if not given.
       paused: of ASHA, trials beside those in the lanes whose training states are kept.
       strategy: of `differential_evolution`.
-      population: members for each number of steps, at least 4.
+      population: members for each number of steps, at least 4; 4 a dim, but 20 to 100, if not given.
+      random_fraction: share of trials that are chosen by chance, in [0, 1].
 
     Returns:
-      A `Method`, which with Hyperband ends by itself. Its settings are `{"sampler": ..., "random_fraction": 0}`.
+      A `Method`, which with Hyperband ends by itself. Its settings are `{"sampler": ..., "random_fraction": ...}`.
 
     Raises:
       ValueError, TypeError: an argument is out of its range.
@@ -98,7 +100,9 @@ def dehb(
       >>> result.best_hparams["rate"] < 0.51
       True
     """
-    space, batch, members = Space.of(space), whole("batch", batch, 1), whole("population", population, 4)
+    space, batch = Space.of(space), whole("batch", batch, 1)
+    members = min(max(4 * space.dims, 20), 100) if population is None else whole("population", population, 4)
+    chance = real("random_fraction", random_fraction, 0, 1, "0.2 is usual")
 
     def sampler(space: Space, batch: int) -> Method:
         return differential_evolution(space, strategy=strategy, population=members, batch=batch)
@@ -109,7 +113,7 @@ def dehb(
         scheduler,
         space,
         lambda levels: largest(inner, space, levels, batch, members, adopted, complete),
-        {"sampler": settings, "random_fraction": jnp.zeros((), working_dtype())},
+        {"sampler": settings, "random_fraction": jnp.asarray(chance, working_dtype())},
         max_steps=max_steps,
         eta=eta,
         min_steps=min_steps,

@@ -166,8 +166,9 @@ def test_pooled_ranks_those_who_got_further_first():
 @pytest.mark.parametrize("build", [hpo.bohb, hpo.dehb])
 @pytest.mark.parametrize("scheduler", ["asha", "hyperband"])
 def test_learns_where_the_optimum_is(build, scheduler):
-    cycles = {"cycles": 8, "in_flight": 3} if scheduler == "hyperband" else {}
-    method = build(SPACE, max_steps=9, batch=4, scheduler=scheduler, **cycles)
+    options = {"cycles": 8, "in_flight": 3} if scheduler == "hyperband" else {}
+    options |= {"population": 8} if build is hpo.dehb else {}
+    method = build(SPACE, max_steps=9, batch=4, scheduler=scheduler, **options)
     _, trace = run(method, 100 if scheduler == "asha" else None, BOWL)
     order = np.unique(trace.trials.id[trace.trials.active], return_index=True)[1]
     x = trace.trials.unit[trace.trials.active][order][:, 0]
