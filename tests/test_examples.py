@@ -39,3 +39,10 @@ def test_a_population_of_cnns_and_its_schedule(capsys):
     assert outcome.accuracy > 0.75 and outcome.retrained > 0.6
     shown = capsys.readouterr().out
     assert str(schedule.table()) in shown and f"test accuracy {outcome.accuracy:.4f}" in shown
+
+
+def test_a_language_model(capsys):
+    small = ["--characters", "8000", "--lanes", "4", "--max-steps", "27", "--steps", "240"]
+    outcome = load("bohb_char_lm").main(small)
+    assert outcome.bits < outcome.chance - 0.5 and outcome.result.trials.steps.max() == 27
+    assert f"{outcome.bits:.3f} bits a character" in capsys.readouterr().out
