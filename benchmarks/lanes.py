@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optuna
-from trial_throughput import SPACE, TRAIN, VALID, PlainMLP, batches, cross_entropy, padded, suggest
+from trial_throughput import SPACE, TRAIN, VALID, batches, cross_entropy, padded, usual_training
 
 import jaxhpo as hpo
 
@@ -128,18 +128,7 @@ def theirs(error, seed, limit):
     valid = [jnp.asarray(x) for x in VALID]
 
     def objective(trial):
-        h = suggest(trial)
-        model = PlainMLP(h["width"], h["depth"], h["activation"], h["dropout"])
-        optimizer, key = optax.sgd(h["lr"], h["momentum"]), jax.random.key(trial.number)
-        params = model.init(key, TRAIN[0][:1])
-        opt_state = optimizer.init(params)
-
-        @jax.jit
-        def step(key, params, opt_state, x, y):
-            loss = lambda p: cross_entropy(model.apply(p, x, train=True, rngs={"dropout": key}), y).mean()  # noqa: E731
-            updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
+        model, step, key, params, opt_state = usual_training(trial)
         evaluate = jax.jit(lambda params: error_of(model.apply(params, valid[0]), valid[1]).mean())
         value = 1.0
         for i, (x, y) in enumerate(batches(trial.number, 540)):

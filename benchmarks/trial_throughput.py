@@ -99,21 +99,27 @@ def batches(seed, steps):
         yield data[0][rows], data[1][rows]
 
 
+def usual_training(trial):
+    """The network of a trial with its first parameters, and its train step, jitted for it alone."""
+    h = suggest(trial)
+    model = PlainMLP(h["width"], h["depth"], h["activation"], h["dropout"])
+    optimizer = optax.sgd(h["lr"], h["momentum"])
+    key = jax.random.key(trial.number)
+    params = model.init(key, TRAIN[0][:1])
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def step(key, params, opt_state, x, y):
+        loss = lambda p: cross_entropy(model.apply(p, x, train=True, rngs={"dropout": key}), y).mean()  # noqa: E731
+        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return model, step, key, params, opt_state
+
+
 def usual_objective(steps):
     def objective(trial):
-        h = suggest(trial)
-        model = PlainMLP(h["width"], h["depth"], h["activation"], h["dropout"])
-        optimizer = optax.sgd(h["lr"], h["momentum"])
-        key = jax.random.key(trial.number)
-        params = model.init(key, TRAIN[0][:1])
-        opt_state = optimizer.init(params)
-
-        @jax.jit
-        def step(key, params, opt_state, x, y):
-            loss = lambda p: cross_entropy(model.apply(p, x, train=True, rngs={"dropout": key}), y).mean()  # noqa: E731
-            updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
+        model, step, key, params, opt_state = usual_training(trial)
         for i, (x, y) in enumerate(batches(trial.number, steps)):
             params, opt_state = step(jax.random.fold_in(key, i), params, opt_state, x, y)
         return float(cross_entropy(model.apply(params, VALID[0]), VALID[1]).mean())
