@@ -62,32 +62,41 @@ def burning(width):
     )
 
 
-def seconds(run, repeats):
-    """The median time of a call that is compiled already."""
+def seconds(run):
+    begun = time.perf_counter()
     jax.block_until_ready(run())
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+    return time.perf_counter() - begun
 
 
-def overhead(batch, rounds, width, repeats):
-    problem, steps = burning(width), 10
+def pure(problem, batch, rounds, steps):
+    """The training that `rounds` rounds of a study do, without any method."""
     keys, unit = jax.random.split(jax.random.key(1), batch), LINE.sample(jax.random.key(0), batch)
     hparams = LINE.decode(unit)
 
     @jax.jit
-    def pure():
+    def run():
         step = lambda i, s: jax.vmap(problem.step)(keys, s, hparams)  # noqa: E731
         stretch = lambda s, _: (jax.lax.fori_loop(0, steps, step, s), None)  # noqa: E731
         return jax.lax.scan(stretch, jax.vmap(problem.init)(keys, hparams), length=rounds)[0]
 
-    base = seconds(pure, repeats)
-    print(f"pure training: {base / rounds / steps * 1e3:.2f} ms a step of {batch} lanes")
+    return run
+
+
+def compiled(problem, method, rounds):
+    study = jax.jit(hpo.study(problem, method, rounds))
+    return lambda: study(jax.random.key(0))[1].losses
+
+
+def overhead(batch, rounds, width, repeats):
+    """Two views: of a step that costs nothing, what a round costs at all; of one of about 1 ms, pairs run in turn."""
+    steps = 10
     ladder = {"max_steps": 270, "min_steps": steps, "batch": batch}
     tpe = hpo.tpe(LINE, batch=batch)
+    training = pure(burning(width), batch, rounds, steps)
+    seconds(training)
+    print(
+        f"a step of {batch} lanes: {statistics.median(seconds(training) for _ in range(repeats)) / rounds * 100:.2f} ms"
+    )
     for name, method in {
         "asha": hpo.asha(LINE, **ladder),
         "bohb": hpo.bohb(LINE, **ladder),
@@ -95,11 +104,15 @@ def overhead(batch, rounds, width, repeats):
         "early_stopping": hpo.early_stopping(tpe, hpo.MedianRule(max_steps=270, every=steps)),
         "pbt": hpo.pbt(LINE, population=batch, every=steps),
     }.items():
-        study = jax.jit(hpo.study(problem, method, rounds))
-        took = seconds(lambda study=study: study(jax.random.key(0))[1].losses, repeats)
-        beside = seconds(pure, repeats)
-        more = (took - beside) / rounds * 1e6
-        print(f"{name:16}{took / beside - 1:8.1%} more than pure training, {more:.0f} us a round", flush=True)
+        idle, busy = (compiled(problem, method, rounds) for problem in (COUNTING, burning(width)))
+        seconds(idle), seconds(busy)
+        alone = statistics.median(seconds(idle) for _ in range(repeats)) / rounds
+        pairs = [seconds(busy) / seconds(training) for _ in range(repeats)]
+        print(
+            f"{name:16}{alone * 1e6:7.0f} us a round, {alone / 1e-2:6.1%} of 10 steps of 1 ms; beside training "
+            f"{statistics.median(pairs) - 1:6.1%} more ({min(pairs) - 1:.1%} to {max(pairs) - 1:.1%})",
+            flush=True,
+        )
 
 
 def error_of(outputs, targets):

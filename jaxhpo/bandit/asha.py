@@ -7,7 +7,7 @@ parallel hyperparameter tuning, MLSys, Algorithm 2.
 from collections.abc import Callable
 from typing import Any
 
-from jaxhpo.bandit.sampling import inner_of, one
+from jaxhpo.bandit.sampling import WIDTH, inner_of, one
 from jaxhpo.bandit.schedulers import scheduled
 from jaxhpo.checks import whole
 from jaxhpo.method import Method
@@ -62,7 +62,7 @@ def asha(
       True
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
-    inner, settings = inner_of(sampler, space, batch)
+    inner, settings = inner_of(sampler, space, min(batch, WIDTH))
     return scheduled(
         "asha",
         "asha",

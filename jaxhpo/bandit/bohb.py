@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxhpo.bandit.sampling import inner_of, largest, pooled
+from jaxhpo.bandit.sampling import WIDTH, inner_of, largest, pooled
 from jaxhpo.bandit.schedulers import scheduled
 from jaxhpo.checks import one_of, real, whole
 from jaxhpo.method import Method
@@ -52,7 +52,7 @@ def bohb(
       cycles: of Hyperband, how often its brackets are run.
       in_flight: of Hyperband, how many brackets may run at the same time; all if not given.
       paused: of ASHA, trials beside those in the lanes whose training states are kept.
-      sampler: builder of the models, called as `sampler(space, batch=batch)`: any black-box method that goes on.
+      sampler: builder of the models, called as `sampler(space, batch=...)`: any black-box method that goes on.
       model: "largest", as above; or "pooled", one model for all numbers of steps, for which trials that got further
         are better than those that did not: for methods that only look at the order of losses, as `tpe` does. It is
         told of a trial at each.
@@ -79,7 +79,7 @@ def bohb(
     one_of("model", model, MODELS)
     enough = max(space.dims + 3, 8) if enough is None else whole("enough", enough, 1)
     chance = real("random_fraction", random_fraction, 0, 1, "a third is usual for models that never explore")
-    inner, settings = inner_of(sampler, space, batch)
+    inner, settings = inner_of(sampler, space, min(batch, WIDTH))
     return scheduled(
         "bohb",
         scheduler,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhpo.bandit.sampling import inner_of, largest
+from jaxhpo.bandit.sampling import WIDTH, inner_of, largest
 from jaxhpo.bandit.schedulers import scheduled
 from jaxhpo.checks import real, whole
 from jaxhpo.method import Method
@@ -107,7 +107,7 @@ def dehb(
     def sampler(space: Space, batch: int) -> Method:
         return differential_evolution(space, strategy=strategy, population=members, batch=batch)
 
-    inner, settings = inner_of(sampler, space, batch)
+    inner, settings = inner_of(sampler, space, min(batch, WIDTH))
     return scheduled(
         "dehb",
         scheduler,

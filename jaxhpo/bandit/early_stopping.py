@@ -15,11 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxhpo.bandit.rules import Record, Rule, Verdict, beat, complete, no_record
-from jaxhpo.bandit.sampling import Inner
-from jaxhpo.method import Initializer, Method, PyTree, Trials, bare, black_box, failed, keep, where_rows
+from jaxhpo.bandit.sampling import Inner, Waiting, functions_of
+from jaxhpo.method import Initializer, Method, PyTree, Trials, failed, keep, where_rows
 from jaxhpo.space import Space
 
 
@@ -78,15 +77,9 @@ def _functions(
     def ask(key: jax.Array, state: State, pending: Trials | None = None) -> tuple[Trials, State]:
         del pending
         lanes, fresh = state.lanes, state.lanes.trial < 0
-        training = black_box(space, lanes.unit, jnp.int32(0), aux=lanes.aux)._replace(active=~fresh)
+        training = Waiting(lanes.unit, ~fresh, lanes.aux)
 
-        def draw(leaves: tuple) -> tuple:
-            return inner.drawn(key, leaves, training)
-
-        def rest(leaves: tuple) -> tuple:
-            return lanes.unit, lanes.aux, leaves
-
-        unit, aux, method = lax.cond(fresh.any(), draw, rest, state.method)
+        unit, aux, method = inner.drawn(key, state.method, fresh.sum(dtype=jnp.int32), batch, training)
         turn = jnp.cumsum(fresh, dtype=jnp.int32) - 1
         unit, aux = jax.tree.map(lambda x: x[turn], (unit, aux))
         begun = Lane(state.started + turn, jnp.zeros_like(turn), jnp.zeros_like(lanes.curve), unit, aux)
@@ -128,7 +121,7 @@ def _functions(
         lanes = jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), state.lanes, told)
         outcome = jnp.where(stops, verdict.loss, losses).astype(losses.dtype)
         seen = trials._replace(aux=row.aux, active=ended | known)
-        method = inner.hidden(inner.tell(inner.shown(state.method), seen, outcome))
+        method = inner.told(state.method, seen, outcome)
         started = jnp.maximum(state.started, jnp.where(trained, row.trial, -1).max() + 1)
         return State(lanes, record, method, started, state.rule)
 
@@ -174,9 +167,8 @@ def early_stopping(method: Method, rule: Rule) -> Method:
       learning curves.
     """
     _check(method, rule)
-    structure = jax.tree.structure(jax.eval_shape(lambda: bare(method.init)(jax.random.key(0), method.settings)))
-    inner = Inner(bare(method.init), method.ask, method.tell, method.reserve, structure)
     stretches = rule.max_steps // rule.every
+    inner = functions_of(method)
     init, ask, tell, reserve = _functions(method.space, inner, method.batch, rule.every, stretches, rule.judge)
     settings = {"method": method.settings, "rule": rule.settings}
     return Method(

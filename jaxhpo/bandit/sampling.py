@@ -51,13 +51,26 @@ class Sampling(NamedTuple):
     """whether it wants to be told of a trial that is given up: as one that fails on the way to the level above"""
 
 
-class Inner(NamedTuple):
-    """The functions of the method that chooses, and the structure of its state."""
+class Waiting(NamedTuple):
+    """The trials whose loss a method does not know yet."""
 
+    unit: jax.Array
+    """float[n, dims]"""
+    active: jax.Array
+    """bool[n]: False where there is no trial"""
+    aux: PyTree
+    """what the method remembers of each"""
+
+
+class Inner(NamedTuple):
+    """The method that chooses, which is asked and told a few rows at a time, and the structure of its state."""
+
+    space: Space
     init: Callable
     ask: Callable
     tell: Callable
     reserve: Callable
+    batch: int
     structure: Any
 
     def hidden(self, state: PyTree) -> tuple[jax.Array, ...]:
@@ -68,10 +81,70 @@ class Inner(NamedTuple):
         """The inverse of `hidden`."""
         return jax.tree.unflatten(self.structure, leaves)
 
-    def drawn(self, key: jax.Array, leaves: tuple[jax.Array, ...], pending: Trials | None = None) -> tuple:
-        """What an ask gives: its points, what the method remembers of them, and the leaves of its state after it."""
-        trials, state = self.ask(key, self.shown(leaves), *([] if pending is None else [pending]))
-        return trials.unit, trials.aux, self.hidden(state)
+    def drawn(
+        self,
+        key: jax.Array,
+        leaves: tuple[jax.Array, ...],
+        number: jax.Array,
+        rows: int,
+        pending: "Waiting | None" = None,
+    ) -> tuple[jax.Array, PyTree, tuple[jax.Array, ...]]:
+        """The first points that the method asks for, of which at least `number` are drawn: an ask costs by its rows.
+
+        Args:
+          key: of the ask.
+          leaves: of the state, as `hidden` gives them.
+          number: i32[], how many are needed.
+          rows: how many there may be.
+          pending: those that still train, if the method is to know.
+
+        Returns:
+          The points float[rows or more, dims], what the method remembers of them, and the leaves after it.
+        """
+        parts = -(-rows // self.batch)
+        unit, aux = self.blank(self.shown(leaves), parts * self.batch)
+
+        def some(carry: tuple) -> tuple:
+            i, unit, aux, leaves = carry
+            waits = []
+            if pending is not None:
+                more = Waiting(unit, jnp.arange(unit.shape[0]) < i * self.batch, aux)
+                both = jax.tree.map(lambda *x: jnp.concatenate(x), pending, more)
+                waits = [as_trials(self.space, *both)]
+            trials, state = self.ask(jax.random.fold_in(key, i), self.shown(leaves), *waits)
+            put = lambda old, new: lax.dynamic_update_slice_in_dim(old, new, i * self.batch, 0)  # noqa: E731
+            unit, aux = jax.tree.map(put, (unit, aux), (trials.unit, trials.aux))
+            return i + 1, unit, aux, self.hidden(state)
+
+        start = jnp.int32(0), unit, aux, leaves
+        return lax.while_loop(lambda carry: carry[0] * self.batch < number, some, start)[1:]
+
+    def told(
+        self, leaves: tuple[jax.Array, ...], trials: Trials, losses: jax.Array, change: Callable | None = None
+    ) -> tuple[jax.Array, ...]:
+        """The leaves after the active rows were told a few at a time: in a race most rows of a tell are none of them.
+
+        Args:
+          leaves: of the state, as `hidden` gives them.
+          trials: arrays [rows, ...].
+          losses: float[rows].
+          change: (state, part, rows of the part) -> part, before it is told.
+        """
+        rows = losses.shape[0]
+        width = min(WIDTH, rows)
+        order = jnp.pad(jnp.argsort(~trials.active, stable=True), (0, -rows % width))
+        number = trials.active.sum(dtype=jnp.int32)
+
+        def some(i: jax.Array, leaves: tuple) -> tuple:
+            at = lax.dynamic_slice_in_dim(order, i * width, width)
+            part = jax.tree.map(lambda x: x[at], trials)
+            part = part._replace(active=i * width + jnp.arange(width) < number)
+            state = self.shown(leaves)
+            if change is not None:
+                part = change(state, part, at)
+            return self.hidden(self.tell(state, part, losses[at]))
+
+        return lax.fori_loop(0, (number + width - 1) // width, some, leaves)
 
     def blank(self, state: PyTree, rows: int) -> tuple[jax.Array, PyTree]:
         """Zeros in the shape of `rows` points and of what the method remembers of them."""
@@ -79,8 +152,16 @@ class Inner(NamedTuple):
         return jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), (shapes.unit, shapes.aux))
 
 
+def functions_of(method: Method) -> Inner:
+    """The functions of a black-box method that goes on."""
+    shape = jax.eval_shape(lambda: bare(method.init)(jax.random.key(0), method.settings))
+    structure = jax.tree.structure(shape)
+    functions = bare(method.init), method.ask, method.tell, method.reserve
+    return Inner(method.space, *functions, method.batch, structure)
+
+
 def inner_of(sampler: Callable, space: Space, batch: int) -> tuple[Inner, PyTree]:
-    """What `sampler(space, batch=batch)` builds: its functions and its settings.
+    """What `sampler(space, batch=batch)` builds, and its settings.
 
     Raises:
       ValueError: it is no method that can choose configurations.
@@ -91,9 +172,7 @@ def inner_of(sampler: Callable, space: Space, batch: int) -> tuple[Inner, PyTree
             f"sampler gave the method '{method.name}', which ends by itself, trains by itself or has another batch "
             f"than {batch}; give the builder of a black-box method, such as hpo.random"
         )
-    shape = jax.eval_shape(lambda: bare(method.init)(jax.random.key(0), method.settings))
-    inner = Inner(bare(method.init), method.ask, method.tell, method.reserve, jax.tree.structure(shape))
-    return inner, method.settings
+    return functions_of(method), method.settings
 
 
 @functools.lru_cache(maxsize=256)
@@ -116,19 +195,23 @@ def one(inner: Inner, planned: bool) -> Sampling:
         del level, training
 
         def draw(state: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
-            trials, after = inner.ask(key, shown(state))
-            return trials.unit, trials.aux, hidden(after)
+            trials, after = inner.ask(key, state)
+            return trials.unit, trials.aux, after
 
         def rest(state: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
             return *blank(state, fresh.shape[0]), state
 
-        unit, aux, state = lax.cond(fresh.any(), draw, rest, state)
+        if planned:
+            unit, aux, state = lax.cond(fresh.any(), draw, rest, state)
+        else:
+            unit, aux, state = inner.drawn(key, state, fresh.sum(), fresh.shape[0])
         turn = jnp.cumsum(fresh) - 1
         return *jax.tree.map(lambda x: x[turn], (unit, aux)), state
 
     def tell(state: PyTree, trials: Trials, losses: jax.Array, level: jax.Array, first: jax.Array) -> PyTree:
         del level
-        return hidden(inner.tell(shown(state), trials._replace(active=trials.active & first), losses))
+        trials = trials._replace(active=trials.active & first)
+        return inner.tell(state, trials, losses) if planned else inner.told(state, trials, losses)
 
     def reserve(state: PyTree, capacity: int) -> PyTree:
         return hidden(inner.reserve(shown(state), capacity))
@@ -168,9 +251,7 @@ def _told(
     inner: Inner, stack: Stack, trials: Trials, losses: jax.Array, level: jax.Array, adopt: Callable | None
 ) -> Stack:
     """The stack after every method was told the rows of its level, and those that failed below, in small parts."""
-    levels, rows = stack.told.shape[0], losses.shape[0]
-    width = min(WIDTH, rows)
-    spare = -rows % width
+    levels = stack.told.shape[0]
     made: Made = trials.aux
     trials = trials._replace(aux=made.aux)
 
@@ -179,21 +260,14 @@ def _told(
         mine = level == here
         if adopt is None:
             mine |= failed(losses) & (level < here)
-        mine &= trials.active
-        order = jnp.pad(jnp.argsort(~mine, stable=True), (0, spare))
-        number = mine.sum(dtype=jnp.int32)
 
-        def some(i: jax.Array, leaves: tuple) -> tuple:
-            at = lax.dynamic_slice_in_dim(order, i * width, width)
-            part = jax.tree.map(lambda x: x[at], trials)
-            part = part._replace(active=i * width + jnp.arange(width) < number)
-            state = inner.shown(leaves)
-            if adopt is not None:
-                by_chance, elsewhere = made.level[at] < 0, made.level[at] != here
-                part = part._replace(aux=adopt(state, part.aux, part.active & elsewhere, by_chance))
-            return inner.hidden(inner.tell(state, part, losses[at]))
+        def adopted(state: PyTree, part: Trials, at: jax.Array) -> Trials:
+            if adopt is None:
+                return part
+            by_chance, elsewhere = made.level[at] < 0, made.level[at] != here
+            return part._replace(aux=adopt(state, part.aux, part.active & elsewhere, by_chance))
 
-        return None, lax.fori_loop(0, (number + width - 1) // width, some, leaves)
+        return None, inner.told(leaves, trials._replace(active=trials.active & mine), losses, adopted)
 
     _, states = lax.scan(tell, None, (stack.states, jnp.arange(levels, dtype=jnp.int32)))
     counts = trials.active & ~failed(losses) & (level == jnp.arange(levels)[:, None])
@@ -244,21 +318,16 @@ def largest(
         best = jnp.max(jnp.where(able, jnp.arange(levels, dtype=jnp.int32), 0))
         by_chance = (jax.random.uniform(key_chance, (batch,)) < stack.chance) | ~able.any()
         leaves = tuple(x[best] for x in stack.states)
-        waits = training.active & (training.level <= best)
-        pending = as_trials(space, training.unit, waits, training.aux.aux)
+        pending = Waiting(training.unit, training.active & (training.level <= best), training.aux.aux)
 
-        def draw(leaves: tuple) -> tuple:
-            return inner.drawn(key_ask, leaves, pending)
-
-        def rest(leaves: tuple) -> tuple:
-            unit, made = blank(stack, batch)
-            return unit, made.aux, leaves
-
-        unit, aux, leaves = lax.cond((fresh & ~by_chance).any(), draw, rest, leaves)
+        chosen = fresh & ~by_chance
+        number = chosen.sum(dtype=jnp.int32)
+        unit, aux, leaves = inner.drawn(key_ask, leaves, number, batch, pending)
         states = tuple(x.at[best].set(new) for x, new in zip(stack.states, leaves, strict=True))
-        turn = jnp.cumsum(fresh & ~by_chance) - 1
+        turn = jnp.cumsum(chosen) - 1
         if adopt is not None:
-            turn = (turn + jax.random.randint(key_row, (), 0, batch)) % batch
+            drawn = jnp.maximum(-(-number // inner.batch) * inner.batch, 1)
+            turn = (turn + jax.random.randint(key_row, (), 0, drawn)) % drawn
         unit, aux = jax.tree.map(lambda x: x[turn], (unit, aux))
         unit = jnp.where(by_chance[:, None], space.sample(key_unit, batch).astype(unit.dtype), unit)
         return unit, Made(jnp.where(by_chance, -1, best), aux), stack._replace(states=states)
