@@ -126,6 +126,11 @@ def _make_room(held: tuple[jax.Array, ...], rows: int) -> tuple[jax.Array, ...]:
     return tuple(x[order] for x in held)
 
 
+def held(history: History) -> jax.Array:
+    """How many of the first rows may hold a trial: i32[]."""
+    return jnp.minimum(history.count.value, history.mask.shape[0])
+
+
 def on_bucket(function: Callable, history: History, *operands: Any, growth: int = GROWTH) -> Any:
     """`function` of the smallest bucket of `history` that holds its count.
 

@@ -9,6 +9,19 @@ from tests import contract
 
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000
+QUICK = ("bandit", "exhaustive", "gradient", "population", "sequential", "stochastic", "test_contract.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compiles(request):
+    """Programs of search methods take a third less time to compile without optimizations.
+
+    Not those whose last bit is tested, such as of spaces and lanes: optimizations are what could change it.
+    """
+    quick = not set(QUICK).isdisjoint(request.path.parts)
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

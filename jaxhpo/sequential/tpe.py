@@ -20,16 +20,30 @@ from jaxhpo.checks import one_of, real, whole
 from jaxhpo.draws import bits, uniform
 from jaxhpo.history import History
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count
-from jaxhpo.sequential.surrogate.parzen import Mixture, features, log_densities, log_density, sample
+from jaxhpo.sequential.surrogate.parzen import (
+    Mixture,
+    Sums,
+    both,
+    features,
+    joint_sums,
+    log_densities,
+    log_density,
+    log_density_of,
+    no_sums,
+    sample,
+    single_sums,
+)
 from jaxhpo.sequential.surrogate.split import (
     BANDWIDTHS,
     HALF_A_LEVEL,
     SPLITS,
     WEIGHTINGS,
-    Best,
+    Bad,
     Rules,
     Settings,
     bad_mixture,
+    bad_of,
+    bad_spread,
     best_of,
     good_mixture,
 )
@@ -37,7 +51,7 @@ from jaxhpo.space import Space, working_dtype
 from jaxhpo.untried import among, everything, fingerprints
 from jaxhpo.variation import another_level, latin_hypercube, one_dim, snapped
 
-GROWTH = 2
+BLOCK = 256
 ENUMERATED = 256
 UNTRIED = 16
 REPEATED = 1e6
@@ -70,36 +84,71 @@ class Pool(NamedTuple):
     """bool[points]: whether it was tried or is being tried"""
 
 
-def in_pool(space: Space, rules: Rules, unit: jax.Array, good: Mixture, bad: Mixture, told: jax.Array) -> Pool:
-    """Points with their densities.
+def in_blocks(function: Callable, bad: Bad, rows: jax.Array, start: PyTree) -> PyTree:
+    """`function(result, rows of a block) -> result` over all blocks that hold something, the first from `start`.
+
+    So what an ask costs follows the number of trials, and what it takes to compile does not.
+    """
+    size = bad.mask.shape[0]
+    block = min(size, BLOCK)
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, -size % block), *((0, 0) for _ in x.shape[1:]))), bad)
+
+    def one(i: jax.Array, result: PyTree) -> PyTree:
+        part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * block, block), padded)
+        return function(result, part)
+
+    # The number of rows is a count: under `vmap` no lane waits for another.
+    return lax.fori_loop(0, (rows + block - 1) // block, one, start)
+
+
+def repeats(space: Space, unit: jax.Array, bad: Bad, rows: jax.Array) -> jax.Array:
+    """Which of the points float[n, dims] were tried or are being tried: bool[n]."""
+    if not space.levels.all():
+        return jnp.zeros(unit.shape[0], bool)
+    prints = fingerprints(space, unit)
+    one = lambda found, part: found | among(prints, fingerprints(space, part.unit), part.mask)  # noqa: E731
+    return in_blocks(one, bad, rows, jnp.zeros(unit.shape[0], bool))
+
+
+def in_pool(
+    space: Space, rules: Rules, settings: Settings, unit: jax.Array, good: Mixture, bad: Bad, rows: jax.Array
+) -> tuple[Pool, jax.Array, jax.Array]:
+    """Points with their densities, and the bandwidth and the sum of weights with which `choose` goes on.
 
     Args:
       space: whose points they are.
       rules: static.
+      settings: traced.
       unit: float[points, dims], levels in their middles.
       good: estimator of good points.
-      bad: and of bad ones; its points are all that were tried.
-      told: bool[n], which of those there are.
+      bad: all that was tried.
+      rows: i32[], how many rows of it hold something.
     """
+    sums_of = joint_sums if rules.multivariate else single_sums
     live = space.active(unit)
-    if rules.multivariate:
-        point = features(space, unit, live)
-        found = [log_density(space, point, mixture) for mixture in (good, bad)]
-    else:
-        point = features(space, unit, jnp.ones_like(live))
-        found = [log_densities(space, point, mixture) for mixture in (good, bad)]
+    point = features(space, unit, live if rules.multivariate else jnp.ones_like(live))
+    spread = bad_spread(space, rules, bad)
+
+    def add(carry: tuple[Sums, jax.Array], part: Bad) -> tuple[Sums, jax.Array]:
+        mixture = bad_mixture(space, rules, settings, part, *spread)
+        least = jnp.where(part.mask[:, None], mixture.bandwidth, 1).min(0, keepdims=True)
+        return both(carry[0], sums_of(space, point, mixture)), jnp.minimum(carry[1], least)
+
+    k = 1 if rules.multivariate else space.dims
+    start = no_sums(unit.shape[0], k, unit.dtype), jnp.ones((1, space.dims), unit.dtype)
+    sums, width = in_blocks(add, bad, rows, start)
+    found = [log_density_of(sums_of(space, point, good), good.prior), log_density_of(sums, settings.prior_weight)]
+    if not rules.multivariate:
         # Every dim chooses by itself: the best values of all dims are a point, the second best are one, ...
         order = jnp.argsort(found[1] - found[0], axis=0)
         best = [jnp.take_along_axis(x, order, 0) for x in (unit, *found)]
         # Where points can be repeated, those that were sampled stay too: the best values may all have been together.
-        both = [jnp.concatenate(x) for x in zip(best, (unit, *found), strict=True)] if space.levels.all() else best
-        unit, found = both[0], both[1:]
+        pairs = [jnp.concatenate(x) for x in zip(best, (unit, *found), strict=True)] if space.levels.all() else best
+        unit, found = pairs[0], pairs[1:]
         live = space.active(unit)
-    repeated = jnp.zeros(unit.shape[0], bool)
-    if space.levels.all():
-        repeated = among(fingerprints(space, unit), fingerprints(space, bad.unit), told)
+    total = (sums.weight[0] if rules.multivariate else sums.weight) + settings.prior_weight
     counts = jnp.ones((1, 1), bool) if rules.multivariate else live
-    return Pool(unit, found[0], found[1], counts, repeated)
+    return Pool(unit, found[0], found[1], counts, repeats(space, unit, bad, rows)), width, total
 
 
 def choose(space: Space, rules: Rules, pool: Pool, width: jax.Array, total: jax.Array, batch: int) -> jax.Array:
@@ -143,26 +192,6 @@ def choose(space: Space, rules: Rules, pool: Pool, width: jax.Array, total: jax.
     return lax.scan(pick, (pool.bad, pool.repeated), length=batch)[1]
 
 
-def judge(
-    told: History,
-    waiting: jax.Array,
-    is_waiting: jax.Array,
-    settings: Settings,
-    best: Best,
-    good: Mixture,
-    unit: jax.Array,
-    *,
-    space: Space,
-    rules: Rules,
-) -> tuple[Pool, jax.Array, jax.Array]:
-    """Points with their densities, and the bandwidth and the sum of weights with which `choose` goes on."""
-    bad = bad_mixture(space, rules, settings, told, best, waiting, is_waiting)
-    is_told = jnp.concatenate([told.mask, is_waiting])
-    width = jnp.min(jnp.where(is_told[:, None], bad.bandwidth, 1), axis=0, keepdims=True)
-    total = bad.weight.sum() if rules.multivariate else bad.weight @ bad.live
-    return in_pool(space, rules, unit, good, bad, is_told), width, total + bad.prior
-
-
 def propose(
     told: History,
     waiting: jax.Array,
@@ -176,9 +205,7 @@ def propose(
     batch: int,
 ) -> jax.Array:
     """The points that are asked next: float[batch, dims]."""
-    # What depends on the size of the record is all that is compiled for each size.
-    on_bucket = functools.partial(records.on_bucket, growth=GROWTH)
-    best = on_bucket(functools.partial(best_of, space=space, rules=rules), told, settings)
+    best = best_of(space, rules, settings, told)
     good, unit = good_mixture(space, rules, settings, best), everything(space, ENUMERATED)
     if unit is None:
         size = candidates * batch
@@ -187,8 +214,8 @@ def propose(
         unit = sample(space, good, uniform(bits(key_unit, (size, space.dims))), which)
         if space.levels.all():
             unit = jnp.concatenate([unit, *elsewhere(space, key_move, unit, UNTRIED + batch)])
-    judged = functools.partial(judge, space=space, rules=rules)
-    pool, width, total = on_bucket(judged, told, waiting, is_waiting, settings, best, good, unit)
+    bad = bad_of(told, best, waiting, is_waiting, rules.weighting)
+    pool, width, total = in_pool(space, rules, settings, unit, good, bad, waiting.shape[0] + records.held(told))
     return choose(space, rules, pool, width, total, batch)
 
 
@@ -201,15 +228,15 @@ def elsewhere(space: Space, key: jax.Array, unit: jax.Array, n: int) -> tuple[ja
 
 
 def begin(
-    told: History, waiting: jax.Array, is_waiting: jax.Array, key: jax.Array, design: jax.Array, *, space: Space
+    space: Space, told: History, waiting: jax.Array, is_waiting: jax.Array, key: jax.Array, design: jax.Array
 ) -> jax.Array:
     """The points of the design that are not tried yet, and others instead of those that are: float[batch, dims]."""
     batch, every = design.shape[0], everything(space, ENUMERATED)
     others = every if every is not None else space.sample(key, UNTRIED + batch)
     unit = snapped(space, jnp.concatenate([design, others]))
     first = FIRST * jnp.concatenate([batch - jnp.arange(batch), uniform(bits(key, (others.shape[0],)))])
-    tried = fingerprints(space, jnp.concatenate([told.unit, waiting]))
-    repeated = among(fingerprints(space, unit), tried, jnp.concatenate([told.mask, is_waiting]))
+    tried = Bad(*(jnp.concatenate(x) for x in ((waiting, told.unit), (is_waiting, told.mask), (is_waiting, told.mask))))
+    repeated = repeats(space, unit, tried, waiting.shape[0] + records.held(told))
     pool = Pool(unit, first[:, None], jnp.zeros((unit.shape[0], 1), unit.dtype), jnp.ones((1, 1), bool), repeated)
     joint = Rules(*SPLITS[:1], *WEIGHTINGS[:1], *BANDWIDTHS[:1], multivariate=True, magic_clip=True)
     one = jnp.ones((), unit.dtype)
@@ -226,7 +253,7 @@ def _functions(
 
     def init(key: jax.Array, settings: Settings) -> State:
         return State(
-            history=records.empty(space.dims, growth=GROWTH),
+            history=records.empty(space.dims),
             design=latin_hypercube(key, rounds * batch, space.dims).astype(working_dtype()),
             settings=settings,
             asked=count(),
@@ -243,9 +270,7 @@ def _functions(
             design = lax.dynamic_slice_in_dim(state.design, jnp.minimum(asked, (rounds - 1) * batch), batch)
             if not finite:
                 return design
-            return records.on_bucket(
-                functools.partial(begin, space=space), state.history, waiting, is_waiting, key, design, growth=GROWTH
-            )
+            return begin(space, state.history, waiting, is_waiting, key, design)
 
         def learn(key: jax.Array) -> jax.Array:
             return model(state.history, waiting, is_waiting, key, state.settings)
@@ -264,7 +289,7 @@ def _functions(
 
 def reserve(state: State, capacity: int) -> State:
     """`state` with room for that many told trials."""
-    return state._replace(history=records.reserve(state.history, capacity, GROWTH))
+    return state._replace(history=records.reserve(state.history, capacity))
 
 
 def tpe(

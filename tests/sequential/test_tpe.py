@@ -14,6 +14,8 @@ from jaxhpo.sequential.surrogate.split import (
     MOST_GOOD,
     Rules,
     bad_mixture,
+    bad_of,
+    bad_spread,
     best_of,
     decay,
     good_mixture,
@@ -41,8 +43,11 @@ def settings(**changes):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def both(space, rules, numbers, told, waiting):
-    best = best_of(told, numbers, space=space, rules=rules)
-    return good_mixture(space, rules, numbers, best), bad_mixture(space, rules, numbers, told, best, *waiting)
+    best = best_of(space, rules, numbers, told)
+    bad = bad_of(told, best, *waiting, rules.weighting)
+    return good_mixture(space, rules, numbers, best), bad_mixture(
+        space, rules, numbers, bad, *bad_spread(space, rules, bad)
+    )
 
 
 def estimators(told, waiting=NOTHING, space=REAL, **rules):
@@ -103,9 +108,9 @@ def test_failed_and_pending_trials_are_bad():
     good, bad = estimators(told, waiting)
     np.testing.assert_array_equal(good.weight[:3] > 0, [True, True, False])
     np.testing.assert_allclose(good.unit[:2], told.unit[3:5])
-    expected = np.r_[[1, 1, 1, 0, 0], np.ones(15), np.zeros(told.mask.size - 20), [1, 0]]
+    expected = np.r_[[1, 0], [1, 1, 1, 0, 0], np.ones(15), np.zeros(told.mask.size - 20)]
     np.testing.assert_array_equal(bad.weight, expected)
-    np.testing.assert_allclose(bad.unit[-2], [0.2, 0.3])
+    np.testing.assert_allclose(bad.unit[0], [0.2, 0.3])
     only_failed = estimators(record(np.full((3, 2), 0.5), [np.nan] * 3))
     assert only_failed[0].weight.sum() == 0 and only_failed[1].weight.sum() == 3
 

@@ -164,39 +164,58 @@ def log_kernels(space: Space, a: Features, b: Features) -> jax.Array:
     return found + product(a.levels, b.levels) if a.levels.shape[1] else found
 
 
-def log_sum(kernels: jax.Array, weight: jax.Array, prior: jax.Array) -> jax.Array:
-    """The logarithm of a mixture, normalised.
+class Sums(NamedTuple):
+    """Weighted sums of kernels at points; k is 1 for kernels over all dims, else dims, each by itself."""
 
-    Args:
-      kernels: float[points, n], their logarithms.
-      weight: float[n].
-      prior: float[], weight of the uniform component, or 0.
+    top: jax.Array
+    """float[points, k]: logarithm of the largest summand"""
+    total: jax.Array
+    """float[points, k]: the sum, divided by that"""
+    weight: jax.Array
+    """float[k]: of all kernels"""
 
-    Returns:
-      float[points].
-    """
+
+def _summed(kernels: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest summand and the sum over the kernels, given by their logarithms, float[points, n]."""
     least = jnp.log(jnp.asarray(TINY, kernels.dtype))
     # A weight is added to its logarithm, and the sum is a product, because that is what XLA vectorises.
     weighted = kernels + jnp.where(weight > 0, jnp.log(jnp.maximum(weight, TINY)), -jnp.inf)
-    top = jnp.maximum(weighted.max(1), jnp.maximum(jnp.log(prior), least))
-    total = jnp.exp(weighted - top[:, None]) @ jnp.ones(weight.shape, kernels.dtype) + prior * jnp.exp(-top)
-    return top + jnp.log(total) - jnp.log(weight.sum() + prior)
+    top = jnp.maximum(weighted.max(1), least)
+    return top, jnp.exp(weighted - top[:, None]) @ jnp.ones(weight.shape, kernels.dtype)
 
 
-def log_density(space: Space, points: Features, mixture: Mixture) -> jax.Array:
-    """The logarithm of a mixture of kernels over all dims: float[points, 1]."""
-    return log_sum(log_kernels(space, points, coefficients(space, mixture)), mixture.weight, mixture.prior)[:, None]
+def no_sums(points: int, k: int, dtype: jnp.dtype) -> Sums:
+    """Those over no kernels."""
+    least = jnp.log(jnp.asarray(TINY, dtype))
+    return Sums(jnp.full((points, k), least), jnp.zeros((points, k), dtype), jnp.zeros(k, dtype))
 
 
-def log_densities(space: Space, points: Features, mixture: Mixture) -> jax.Array:
-    """The logarithms of the mixtures of every dim by itself, of the kernels that know of it: float[points, dims]."""
+def both(a: Sums, b: Sums) -> Sums:
+    """The sums over the kernels of both."""
+    top = jnp.maximum(a.top, b.top)
+    return Sums(top, a.total * jnp.exp(a.top - top) + b.total * jnp.exp(b.top - top), a.weight + b.weight)
+
+
+def log_density_of(sums: Sums, prior: jax.Array) -> jax.Array:
+    """The logarithm of the mixture that has these sums and a uniform component of weight `prior`: float[points, k]."""
+    top = jnp.maximum(sums.top, jnp.log(prior))
+    return top + jnp.log(sums.total * jnp.exp(sums.top - top) + prior * jnp.exp(-top)) - jnp.log(sums.weight + prior)
+
+
+def joint_sums(space: Space, points: Features, mixture: Mixture) -> Sums:
+    """Those of kernels over all dims."""
+    top, total = _summed(log_kernels(space, points, coefficients(space, mixture)), mixture.weight)
+    return Sums(top[:, None], total[:, None], mixture.weight.sum()[None])
+
+
+def single_sums(space: Space, points: Features, mixture: Mixture) -> Sums:
+    """Those of every dim by itself, over the kernels that know of it."""
     at, by_kernel = layout(space), coefficients(space, mixture)
     weight = (mixture.weight[:, None] * mixture.live).T
 
-    def one(arguments: tuple[jax.Array, ...]) -> jax.Array:
+    def one(arguments: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         point, kernel, weight = arguments
-        kernels = jnp.matmul(point, kernel.T, precision=lax.Precision.HIGHEST)
-        return log_sum(kernels, weight, mixture.prior)
+        return _summed(jnp.matmul(point, kernel.T, precision=lax.Precision.HIGHEST), weight)
 
     has_table = np.unique(at.dim)
     # One dim after the other: all at once would be as much memory as dims times points times kernels.
@@ -213,7 +232,19 @@ def log_densities(space: Space, points: Features, mixture: Mixture) -> jax.Array
             row[: entries.size] = entries
         padded = lambda x: first(jnp.pad(x, ((0, 0), (0, 1)))[:, column])  # noqa: E731
         found.append(lax.map(one, (padded(points.levels), padded(by_kernel.levels), weight[has_table])))
-    return jnp.concatenate(found)[np.argsort(np.concatenate([at.smooth, has_table]))].T
+    order = np.argsort(np.concatenate([at.smooth, has_table]))
+    top, total = (jnp.concatenate(parts)[order].T for parts in zip(*found, strict=True))
+    return Sums(top, total, weight.sum(1))
+
+
+def log_density(space: Space, points: Features, mixture: Mixture) -> jax.Array:
+    """The logarithm of a mixture of kernels over all dims: float[points, 1]."""
+    return log_density_of(joint_sums(space, points, mixture), mixture.prior)
+
+
+def log_densities(space: Space, points: Features, mixture: Mixture) -> jax.Array:
+    """The logarithms of the mixtures of every dim by itself, of the kernels that know of it: float[points, dims]."""
+    return log_density_of(single_sums(space, points, mixture), mixture.prior)
 
 
 def sample(space: Space, mixture: Mixture, u: jax.Array, which: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxhpo.history import History
+from jaxhpo.history import History, on_bucket
 from jaxhpo.sequential.surrogate.parzen import Mixture, cells, neighbours, spread
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.variation import snapped
@@ -110,10 +110,10 @@ class Best(NamedTuple):
     """float[25]: 0 where it does not"""
 
 
-def best_of(told: History, settings: Settings, *, space: Space, rules: Rules) -> Best:
+def best_of(space: Space, rules: Rules, settings: Settings, told: History) -> Best:
     """The best trials of a record."""
     number = number_of_good(rules.split, settings.gamma, told.succeeded.sum())
-    best, row = lax.top_k(-told.losses, MOST_GOOD + 1)
+    best, row = on_bucket(lambda h: lax.top_k(-h.losses, MOST_GOOD + 1), told)
     is_good = (jnp.arange(MOST_GOOD) < number) & jnp.isfinite(best[:-1])
     row = row[:-1]
     return Best(snapped(space, told.unit[row]), row, is_good, good_weights(rules.weighting, -best, number))
@@ -149,33 +149,47 @@ def good_mixture(space: Space, rules: Rules, settings: Settings, best: Best) -> 
     return Mixture(best.unit, live, width, best.weight, settings.prior_weight)
 
 
-def bad_mixture(
-    space: Space,
-    rules: Rules,
-    settings: Settings,
-    told: History,
-    best: Best,
-    waiting: jax.Array,
-    is_waiting: jax.Array,
-) -> Mixture:
-    """The estimator of bad points: of all that were tried, where those that are good have weight 0.
+class Bad(NamedTuple):
+    """All that was tried, what is pending first; rows of it, or more."""
+
+    unit: jax.Array
+    """float[n, dims]"""
+    mask: jax.Array
+    """bool[n]: which rows there are"""
+    weight: jax.Array
+    """float[n]: 0 where a trial is good"""
+
+
+def bad_of(told: History, best: Best, waiting: jax.Array, is_waiting: jax.Array, weighting: str) -> Bad:
+    """What was tried, and how bad it is.
 
     Args:
-      space: whose points they are.
-      rules: static.
-      settings: traced.
       told: the record; failed trials are bad.
       best: its best trials.
       waiting: float[m, dims], points that are asked for and not told.
       is_waiting: bool[m], which rows of it there are.
+      weighting: as in `Rules`.
     """
-    unit = snapped(space, jnp.concatenate([told.unit, waiting]))
-    live = space.active(unit)
-    is_bad = jnp.concatenate([told.mask.at[best.row].set(told.mask[best.row] & ~best.is_good), is_waiting])
-    weight = decay(is_bad) if rules.weighting == "decay" else is_bad.astype(unit.dtype)
+    is_bad = told.mask.at[best.row].set(told.mask[best.row] & ~best.is_good)
+    by_age = jnp.concatenate([is_bad, is_waiting])
+    weight = decay(by_age) if weighting == "decay" else by_age.astype(told.unit.dtype)
+    mask = jnp.concatenate([is_waiting, told.mask])
+    return Bad(jnp.concatenate([waiting, told.unit]), mask, jnp.roll(weight, is_waiting.shape[0]))
+
+
+def bad_spread(space: Space, rules: Rules, bad: Bad) -> tuple[jax.Array, jax.Array]:
+    """What the bandwidths depend on besides a point itself: float[1, dims], as wished, and the number of bad points."""
+    is_bad = bad.weight > 0
     if rules.bandwidth == "neighbour":
-        wished = jnp.zeros((1, space.dims), unit.dtype)
-    else:
-        wished = spread(rules.bandwidth, unit, live & is_bad[:, None], weight)
-    width = widths(space, rules, settings, unit, wished, is_bad.sum(), settings.bad_exponent)
-    return Mixture(unit, live, width, weight, settings.prior_weight)
+        return jnp.zeros((1, space.dims), bad.unit.dtype), is_bad.sum()
+    unit = snapped(space, bad.unit)
+    return spread(rules.bandwidth, unit, space.active(unit) & is_bad[:, None], bad.weight), is_bad.sum()
+
+
+def bad_mixture(
+    space: Space, rules: Rules, settings: Settings, bad: Bad, wished: jax.Array, number: jax.Array
+) -> Mixture:
+    """The estimator of bad points, or those kernels of it that some rows have; the others as in `bad_spread`."""
+    unit = snapped(space, bad.unit)
+    width = widths(space, rules, settings, unit, wished, number, settings.bad_exponent)
+    return Mixture(unit, space.active(unit), width, bad.weight, settings.prior_weight)
