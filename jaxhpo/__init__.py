@@ -7,7 +7,7 @@ from jaxhpo.space import Space
 # What is run.
 from jaxhpo.external import external
 from jaxhpo.flax import flax_trainable, select_optimizer
-from jaxhpo.gradient import unroll
+from jaxhpo.gradient import Forward, Implicit, Online, Reverse, Truncated, unroll
 from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
@@ -46,18 +46,23 @@ __all__ = [
     "Count",
     "ExtrapolationRule",
     "Float",
+    "Forward",
     "History",
+    "Implicit",
     "Int",
     "MedianRule",
     "Method",
     "OneOf",
+    "Online",
     "Ordinal",
     "Result",
+    "Reverse",
     "Schedule",
     "Space",
     "Trace",
     "Trainable",
     "Trials",
+    "Truncated",
     "annealing",
     "asha",
     "ask_key",

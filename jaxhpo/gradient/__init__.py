@@ -1,5 +1,8 @@
 """Gradients through training."""
 
-from jaxhpo.gradient.unroll import unroll
+from jaxhpo.gradient.exact import Forward, Reverse, Truncated
+from jaxhpo.gradient.implicit import Implicit
+from jaxhpo.gradient.online import Online
+from jaxhpo.gradient.unroll import Unrolled, unroll
 
-__all__ = ["unroll"]
+__all__ = ["Forward", "Implicit", "Online", "Reverse", "Truncated", "Unrolled", "unroll"]
