@@ -1,8 +1,8 @@
 """Derivatives of a training run by the chain rule: backward, forward, and of its last steps only.
 
-Griewank and Walther (2008), Evaluating derivatives, chapter 12: memory for time by checkpoints. Franceschi et al. (2017),
-Forward and reverse gradient-based hyperparameter optimization. Shaban et al. (2019), Truncated back-propagation for
-bilevel optimization.
+Griewank and Walther (2008), Evaluating derivatives, chapter 12: memory for time by checkpoints. Franceschi et al.
+(2017), Forward and reverse gradient-based hyperparameter optimization. Shaban et al. (2019), Truncated back-propagation
+for bilevel optimization.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """The derivative of where training ends, by the implicit function theorem: nothing of the way there is needed.
 
-Lorraine, Vicol and Duvenaud (2020), Optimizing millions of hyperparameters by implicit differentiation. Pedregosa (2016),
-Hyperparameter optimization with approximate gradient. Bai, Kolter and Koltun (2019), Deep equilibrium models: the same
-at the fixed point of a step.
+Lorraine, Vicol and Duvenaud (2020), Optimizing millions of hyperparameters by implicit differentiation. Pedregosa
+(2016), Hyperparameter optimization with approximate gradient. Bai, Kolter and Koltun (2019), Deep equilibrium models:
+the same at the fixed point of a step.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def largest(matvec: Callable, like: Vector) -> jax.Array:
 
 
 def neumann(matvec: Callable, b: Vector, steps: int, scale: Any) -> Vector:
-    """The solution of `matvec(x) = b` as the first terms of scale * sum_i (1 - scale * A)^i b (Lorraine et al., eq. 8)."""
+    """The solution of `matvec(x) = b` as some terms of scale * sum_i (1 - scale * A)^i b (Lorraine et al., eq. 8)."""
 
     def add(_: Any, carry: tuple[Vector, Vector]) -> tuple[Vector, Vector]:
         x, term = carry
@@ -71,9 +71,9 @@ class Implicit:
 
     Args:
       solver: of the linear system in the Hessian H (or in I - J, J the Jacobian of the step). "cg", conjugate
-        gradients, needs H to be positive, as it is at a minimum. "normal_cg", the same for the squared system, takes any
-        but twice the products and many more steps. "neumann", the power series, is bounded also where H is not positive,
-        and learns directions of small curvature last.
+        gradients, needs H to be positive, as it is at a minimum. "normal_cg", the same for the squared system, takes
+        any, but twice the products and many more steps. "neumann", the power series, needs H to be positive too, and
+        learns directions of small curvature last.
       steps: of the solver, at least 1, each one product with H (two of "normal_cg").
       damping: added to the diagonal of the system, at least 0: a little steadies the solution where H is near singular.
       scale: factor in the series of "neumann", above 0 and below 2 over the largest eigenvalue; estimated with 10 more

@@ -58,10 +58,11 @@ class Online:
     Args:
       window: steps between two moves, at least 1. What is left of the steps when no whole window remains ends the run.
       optimizer: what moves the hyperparameters, an `optax.GradientTransformation`; `optax.adam(0.02)` if not given.
-      space: what they are from: they then move in the logit of its unit cube, so within their bounds and, where `log` is
-        set, by factors; only real parameters move. If not given, all float arrays in `hparams` move, by their values.
-      memory: whether slopes are of all steps since the first (RTHO), or else of the last window alone; with a window of
-        one step that is the method of Baydin et al.
+      space: what they are from: they then move in the logit of its unit cube, so within their bounds and, where `log`
+        is set, by factors; only real parameters move. If not given, all float arrays in `hparams` move, by their
+        values.
+      memory: whether slopes are of all steps since the first (RTHO), or else of the last window alone; with a window
+        of one step that is the method of Baydin et al.
 
     Raises:
       ValueError, TypeError: an argument is not what it should be.
