@@ -32,7 +32,7 @@ SAYINGS = {
     "disagrees": "the gradient disagrees with finite differences",
     "too noisy": "finite differences are too noisy to judge the gradient",
     "not smooth": "the objective is not smooth here: its slopes on both sides of the point differ",
-    "explodes": "the derivative grows so fast along the training that the gradient holds nowhere but at this very point",
+    "explodes": "the derivative grows so fast along the training that it holds at this very point only",
     "flat": "the objective is flat here, and so is the gradient",
     "not finite": "the loss or its gradient is not finite",
 }
