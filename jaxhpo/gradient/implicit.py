@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg
 
 from jaxhpo.checks import one_of, real, whole
@@ -19,44 +20,28 @@ from jaxhpo.gradient.floats import hoist, is_zero, refuse_others, split_floats
 from jaxhpo.trainable import Trainable
 
 PyTree = Any
-Vector = list[jax.Array]
 SOLVERS = ("cg", "normal_cg", "neumann")
 POWER_STEPS = 10
 
 
-def plus(x: Vector, scale: Any, y: Vector) -> Vector:
-    """x + scale * y"""
-    return jax.tree.map(lambda a, b: a + jnp.asarray(scale, a.dtype) * b, x, y)
+def largest(matvec: Callable, like: jax.Array) -> jax.Array:
+    """float[]: about the largest eigenvalue, in size, by some products with a random vector shaped like `like`."""
+    tiny = jnp.finfo(like.dtype).tiny
+    start = jax.random.normal(jax.random.key(0), like.shape, like.dtype)
+    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x), tiny)  # noqa: E731
+    vector = jax.lax.fori_loop(0, POWER_STEPS, lambda _, x: matvec(unit(x)), start)
+    return jnp.maximum(jnp.linalg.norm(vector), tiny)
 
 
-def norm(x: Vector) -> jax.Array:
-    """float[]: the Euclidean norm."""
-    return jnp.sqrt(sum(jnp.vdot(leaf, leaf).real for leaf in x))
-
-
-def largest(matvec: Callable, like: Vector) -> jax.Array:
-    """float[]: about the largest eigenvalue, in size, by some products with a random vector."""
-    keys = jax.random.split(jax.random.key(0), len(like))
-    start = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, like, strict=True)]
-    tiny = jnp.finfo(like[0].dtype).tiny
-
-    def multiply(_: Any, vector: Vector) -> Vector:
-        size = jnp.maximum(norm(vector), tiny)
-        return matvec([x / size.astype(x.dtype) for x in vector])
-
-    return jnp.maximum(norm(jax.lax.fori_loop(0, POWER_STEPS, multiply, start)), tiny)
-
-
-def neumann(matvec: Callable, b: Vector, steps: int, scale: Any) -> Vector:
+def neumann(matvec: Callable, b: jax.Array, steps: int, scale: Any) -> jax.Array:
     """The solution of `matvec(x) = b` as some terms of scale * sum_i (1 - scale * A)^i b (Lorraine et al., eq. 8)."""
 
-    def add(_: Any, carry: tuple[Vector, Vector]) -> tuple[Vector, Vector]:
+    def add(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, term = carry
-        term = plus(term, -scale, matvec(term))
-        return plus(x, 1, term), term
+        term = term - scale * matvec(term)
+        return x + term, term
 
-    first = [jnp.asarray(scale, leaf.dtype) * leaf for leaf in b]
-    return jax.lax.fori_loop(1, steps, add, (first, first))[0]
+    return jax.lax.fori_loop(1, steps, add, (scale * b, scale * b))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,44 +122,45 @@ class Implicit:
         training_loss, select = trainable.training_loss, trainable.params
         values, hparams_of = split_floats(hparams)
         floats, state_of = split_floats(state)
-        params_of = split_floats(select(state)).rebuild
+        params, params_of = split_floats(select(state))
+        flat, unravel = ravel_pytree(params)
+
+        def slope(flat: jax.Array, values: list[jax.Array]) -> jax.Array:
+            return jax.grad(lambda x: training_loss(params_of(unravel(x)), hparams_of(values)))(flat)
+
+        moved = unravel(self._root(slope, flat, values, symmetric=True) - flat)
         # What selects the parameters is linear, and its transpose puts what they move by into the state.
-        params, put = jax.vjp(lambda floats: split_floats(select(state_of(floats))).values, floats)
-
-        def slope(params: Vector, values: Vector) -> Vector:
-            return jax.grad(lambda p: training_loss(params_of(p), hparams_of(values)))(params)
-
-        params = jax.lax.stop_gradient(params)
-        moved = plus(self._root(slope, params, values, symmetric=True), -1, params)
-        return state_of(plus(floats, 1, put(moved)[0]))
+        _, put = jax.vjp(lambda floats: split_floats(select(state_of(floats))).values, floats)
+        return state_of([x + dx for x, dx in zip(floats, put(moved)[0], strict=True)])
 
     def _fixed_point(self, trainable: Trainable, key: jax.Array, state: PyTree, hparams: PyTree) -> PyTree:
         """`state`, which moves with the hyperparameters such that a step does not change it."""
         values, hparams_of = split_floats(hparams)
         floats, state_of = split_floats(state)
+        flat, unravel = ravel_pytree(floats)
 
-        def change(floats: Vector, values: Vector) -> Vector:
-            after = split_floats(trainable.step(key, state_of(floats), hparams_of(values))).values
-            return [x - y.astype(x.dtype) for x, y in zip(floats, after, strict=True)]
+        def change(flat: jax.Array, values: list[jax.Array]) -> jax.Array:
+            after = trainable.step(key, state_of(unravel(flat)), hparams_of(values))
+            return flat - ravel_pytree(split_floats(after).values)[0].astype(flat.dtype)
 
-        return state_of(self._root(change, floats, values, symmetric=False))
+        return state_of(unravel(self._root(change, flat, values, symmetric=False)))
 
-    def _root(self, residual: Callable, root: Vector, values: Vector, symmetric: bool) -> Vector:
-        """`root` as a function of `values`, such that `residual(root, values)` stays what it is."""
+    def _root(self, residual: Callable, root: jax.Array, values: list[jax.Array], symmetric: bool) -> jax.Array:
+        """`root`, float[n], as a function of `values`, such that `residual(root, values)` stays what it is."""
         run, consts = hoist(residual, root, values)
 
         @jax.custom_jvp
-        def at(consts: list, root: Vector, values: Vector) -> Vector:
+        def at(consts: list, root: jax.Array, values: list[jax.Array]) -> jax.Array:
             return root
 
-        def rule(primals: tuple, tangents: tuple) -> tuple[Vector, Vector]:
+        def rule(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
             consts, root, values = primals
             refuse_others(tangents[0], "Implicit")
             places = [i for i, t in enumerate(tangents[2]) if not is_zero(t)]
             if not places:
-                return root, [jnp.zeros_like(x) for x in root]
+                return root, jnp.zeros_like(root)
 
-            def of(some: Vector) -> Vector:
+            def of(some: list[jax.Array]) -> jax.Array:
                 merged = list(values)
                 for i, x in zip(places, some, strict=True):
                     merged[i] = x
@@ -182,25 +168,20 @@ class Implicit:
 
             _, change = jax.jvp(of, ([values[i] for i in places],), ([tangents[2][i] for i in places],))
             _, product = jax.linearize(lambda root: run(consts, root, values), root)
-            matvec = lambda x: plus(product(x), self.damping, x) if self.damping else product(x)  # noqa: E731
+            matvec = lambda x: product(x) + self.damping * x if self.damping else product(x)  # noqa: E731
             solve = lambda matvec, b: self._solve(matvec, b, symmetric)  # noqa: E731
-            moved = jax.lax.custom_linear_solve(
-                matvec, change, solve, None if symmetric else solve, symmetric=symmetric
-            )
-            return root, [-x for x in moved]
+            transposed = None if symmetric else solve
+            return root, -jax.lax.custom_linear_solve(matvec, change, solve, transposed, symmetric=symmetric)
 
         at.defjvp(rule, symbolic_zeros=True)
         return at(consts, root, values)
 
-    def _solve(self, matvec: Callable, b: Vector, symmetric: bool) -> Vector:
+    def _solve(self, matvec: Callable, b: jax.Array, symmetric: bool) -> jax.Array:
         if self.solver == "neumann":
             usual = 1 / largest(matvec, b) if symmetric else 1.0
             return neumann(matvec, b, self.steps, usual if self.scale is None else self.scale)
-        transposed = matvec
-        if self.solver == "normal_cg":
-            transposed = matvec if symmetric else lambda x: jax.linear_transpose(matvec, b)(x)[0]
-            squared = lambda x: transposed(matvec(x))  # noqa: E731
-        else:
-            squared = matvec
-        rhs = transposed(b) if self.solver == "normal_cg" else b
-        return cg(squared, rhs, tol=float(jnp.finfo(b[0].dtype).eps), maxiter=self.steps)[0]
+        options: dict[str, Any] = {"tol": float(jnp.finfo(b.dtype).eps), "maxiter": self.steps}
+        if self.solver == "cg":
+            return cg(matvec, b, **options)[0]
+        transposed = matvec if symmetric else lambda x: jax.linear_transpose(matvec, b)(x)[0]
+        return cg(lambda x: transposed(matvec(x)), transposed(b), **options)[0]
