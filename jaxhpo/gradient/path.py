@@ -45,6 +45,8 @@ class Path(NamedTuple):
     def growth(self) -> float:
         """By what factor the derivative grew over the last half of the run."""
         before, after = self.norms[len(self.norms) // 2], self.norms[-1]
+        if not (np.isfinite(before) and np.isfinite(after)):
+            return float("inf")
         return float(after / before) if before > 0 else 1.0
 
 

@@ -86,7 +86,7 @@ def linen_net(hparams):
 @pytest.mark.parametrize("model", [linen_net, lambda hparams, rngs: Net(rngs)], ids=["linen", "nnx"])
 def test_a_network_trained_by_adam(model):
     with jax.enable_x64(True):
-        x = jax.random.normal(KEY, (40, 4))
+        x = jnp.sin(jnp.arange(160.0)).reshape(40, 4)
         data = x, jnp.sin(x[:, :1] * 2)
         trainable = hpo.flax_trainable(
             model=model,
@@ -121,7 +121,7 @@ def mixed(with_init=True):
         return {"w": jnp.ones(3) * (h["start"] if with_init else 1.0), "count": jnp.int32(0), "key": key}
 
     def step(key, state, h):
-        noise = jax.random.normal(key, (3,)) * h["noise"] * 0.01
+        noise = jax.random.uniform(key, (3,)) * h["noise"] * 0.01
         w = state["w"] - h["lr"] * (data.T @ (data @ state["w"] - 1)) + noise
         return {"w": jnp.where(h["on"], w, 0), "count": state["count"] + 1, "key": state["key"]}
 
@@ -236,13 +236,13 @@ def test_data_are_arguments_of_a_study(adjoint):
 
 def network(steps, adjoint):
     """The temporary memory of a gradient of training a small network."""
-    x = jax.random.normal(KEY, (32, 16))
+    x = jnp.sin(jnp.arange(512.0)).reshape(32, 16)
 
     def loss(w, h):
         return ((jnp.tanh(x @ w["a"]) @ w["b"]) ** 2).mean() + h * (w["a"] ** 2).sum()
 
     trainable = hpo.Trainable(
-        lambda key, h: {"a": jax.random.normal(key, (16, 64)), "b": jnp.ones((64, 1))},
+        lambda key, h: {"a": jnp.cos(jnp.arange(1024.0)).reshape(16, 64), "b": jnp.ones((64, 1))},
         lambda key, w, h: jax.tree.map(lambda p, g: p - 0.1 * g, w, jax.grad(loss)(w, h)),
         lambda w, h: loss(w, 0.0),
         params=lambda w: w,
