@@ -22,6 +22,7 @@ import jaxhpo as hpo
 KEY = jax.random.key(0)
 ADJOINTS = {
     'Reverse("none")': (hpo.Reverse(), 4.0),
+    "Reverse(1)": (hpo.Reverse(1), None),
     'Reverse("sqrt")': (hpo.Reverse("sqrt"), 5.0),
     "Truncated(100)": (hpo.Truncated(100), None),
     "Forward()": (hpo.Forward(), 3.0),

@@ -25,6 +25,11 @@ def begin(trainable: Trainable, key: jax.Array, hparams: PyTree) -> PyTree:
     return trainable.init(jax.random.fold_in(key, 0), hparams)
 
 
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What is kept of a step for the way back; the rest costs less to compute again than to write and to read."""
+    return primitive.name in ("dot_general", "conv_general_dilated")
+
+
 def train(
     trainable: Trainable,
     key: jax.Array,
@@ -33,6 +38,7 @@ def train(
     first: int,
     last: int,
     segment: int | None = None,
+    backward: bool = False,
 ) -> PyTree:
     """The training state after the steps from `first` to `last`, both included.
 
@@ -43,20 +49,23 @@ def train(
       state: before the first of them.
       first, last: the steps that they reach.
       segment: steps of which only the first state is kept for the way back; all are if not given.
+      backward: whether there will be a way back.
     """
 
     def step(state: PyTree, reached: jax.Array) -> tuple[PyTree, None]:
         return trainable.step(jax.random.fold_in(key, reached), state, hparams), None
 
+    # Between the iterations of a scan nothing is there that could be shared, so nothing has to prevent it.
+    taken = jax.checkpoint(step, prevent_cse=False, policy=_is_product) if backward else step
+
     def stretch(state: PyTree, reached: jax.Array) -> PyTree:
-        return jax.lax.scan(step, state, reached)[0]
+        return jax.lax.scan(taken, state, reached)[0]
 
     reached = jnp.arange(first, last + 1)
     if segment is None or segment >= len(reached):
         return stretch(state, reached)
     segments = len(reached) // segment
     whole, rest = jnp.split(reached, [segments * segment])
-    # Between the iterations of a scan nothing is there that could be shared, so nothing has to prevent it.
     kept = jax.checkpoint(stretch, prevent_cse=False)
     state, _ = jax.lax.scan(lambda s, r: (kept(s, r), None), state, whole.reshape(segments, segment))
     return stretch(state, rest) if len(rest) else state
@@ -88,9 +97,10 @@ class Reverse:
     """The exact derivative by reverse mode: for any number of hyperparameters.
 
     Args:
-      checkpoint: "none" keeps what every step computed, memory proportional to the steps. "sqrt" keeps the state at the
-        begin of about sqrt(steps) segments and computes each again on the way back: memory proportional to
-        sqrt(steps), for one more training run. An int, at least 1, is the length of the segments.
+      checkpoint: "none" keeps the state and the matrix products and convolutions of every step, memory proportional to
+        the steps. "sqrt" keeps the state at the begin of about sqrt(steps) segments and computes each again on the way
+        back: memory proportional to sqrt(steps), for one more training run. An int, at least 1, is the length of the
+        segments; 1 keeps the state of every step alone, which is fast where memory is slow.
 
     Raises:
       ValueError, TypeError: `checkpoint` is none of these.
@@ -115,7 +125,7 @@ class Reverse:
         segment = _segment(self.checkpoint, steps)
 
         def objective(key: jax.Array, hparams: PyTree) -> jax.Array:
-            state = train(trainable, key, hparams, begin(trainable, key, hparams), 1, steps, segment)
+            state = train(trainable, key, hparams, begin(trainable, key, hparams), 1, steps, segment, True)
             return trainable.evaluate(state, hparams)
 
         return objective
@@ -141,11 +151,13 @@ class Forward:
     """
 
     def __call__(self, trainable: Trainable, steps: int) -> Callable:
-        plain = Reverse()(trainable, steps)
-
         def objective(key: jax.Array, hparams: PyTree) -> jax.Array:
             values, rebuild = split_floats(hparams)
-            loss = lambda values: plain(key, rebuild(values))  # noqa: E731
+
+            def loss(values: list[jax.Array]) -> jax.Array:
+                h = rebuild(values)
+                return trainable.evaluate(train(trainable, key, h, begin(trainable, key, h), 1, steps), h)
+
             return forward_mode(loss, loss, values, "Forward()")
 
         return objective
@@ -194,7 +206,7 @@ class Truncated:
             state = train(trainable, key, before, begin(trainable, key, before), 1, steps - self.k)
             values, rebuild = split_floats(state)
             state = rebuild(jax.lax.stop_gradient(values))
-            state = train(trainable, key, hparams, state, steps - self.k + 1, steps, segment)
+            state = train(trainable, key, hparams, state, steps - self.k + 1, steps, segment, True)
             return trainable.evaluate(state, hparams)
 
         return objective
