@@ -147,7 +147,7 @@ def find_nonfinite(objective: Unrolled, hparams: PyTree, *, key: jax.Array | Non
       A `NonFinite(step, leaf, what)`, or `None` where all is finite.
 
     Raises:
-      TypeError: `objective` is no unrolled training.
+      TypeError: `objective` is no unrolled training, or there is no float in `hparams`.
 
     Example:
       >>> import jax.numpy as jnp, jaxhpo as hpo
@@ -161,6 +161,8 @@ def find_nonfinite(objective: Unrolled, hparams: PyTree, *, key: jax.Array | Non
     key = jax.random.key(0) if key is None else key
     hparams = as_arrays(hparams)
     values, rebuild = split_floats(hparams)
+    if not values:
+        raise TypeError(f"hparams must have a float to differentiate with respect to, got {hparams!r}")
     along = [jnp.ones((1, *x.shape), x.dtype) for x in values]
     path = look_along(objective, key, Line(rebuild, values, along))
     return path.value or path.tangent or look_back(objective, key, hparams)

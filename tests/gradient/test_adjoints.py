@@ -225,7 +225,7 @@ def test_data_are_arguments_of_a_study(adjoint):
         params=lambda w: w,
         training_loss=jax.jit(loss),
     )
-    method = hpo.gp_ei({"x": hpo.Float(0.1, 2.0), "y": 1.0}, batch=2, gradients=True)
+    method = hpo.random({"x": hpo.Float(0.1, 2.0), "y": 1.0}, batch=2)._replace(uses_gradients=True)
     plan = Plan(hpo.unroll(trainable, 7, adjoint), method, None, None, None)
     assert plan == Plan(hpo.unroll(trainable, 7, adjoint), method, None, None, None)
     carry = jax.eval_shape(lambda k: engine_of(plan).start(k, method.settings, 8), KEY)
