@@ -7,7 +7,16 @@ from jaxhpo.space import Space
 # What is run.
 from jaxhpo.external import external
 from jaxhpo.flax import flax_trainable, select_optimizer
-from jaxhpo.gradient import unroll
+from jaxhpo.gradient import (
+    Forward,
+    Implicit,
+    Online,
+    Reverse,
+    Truncated,
+    check_gradient,
+    find_nonfinite,
+    unroll,
+)
 from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
@@ -46,30 +55,37 @@ __all__ = [
     "Count",
     "ExtrapolationRule",
     "Float",
+    "Forward",
     "History",
+    "Implicit",
     "Int",
     "MedianRule",
     "Method",
     "OneOf",
+    "Online",
     "Ordinal",
     "Result",
+    "Reverse",
     "Schedule",
     "Space",
     "Trace",
     "Trainable",
     "Trials",
+    "Truncated",
     "annealing",
     "asha",
     "ask_key",
     "axes",
     "bayesian",
     "bohb",
+    "check_gradient",
     "cma_es",
     "coordinate_descent",
     "dehb",
     "differential_evolution",
     "early_stopping",
     "external",
+    "find_nonfinite",
     "flax_trainable",
     "genetic",
     "gp_ei",

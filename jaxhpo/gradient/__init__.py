@@ -1,5 +1,22 @@
 """Gradients through training."""
 
-from jaxhpo.gradient.unroll import unroll
+from jaxhpo.gradient.check_gradient import GradientCheck, check_gradient
+from jaxhpo.gradient.exact import Forward, Reverse, Truncated
+from jaxhpo.gradient.implicit import Implicit
+from jaxhpo.gradient.online import Online
+from jaxhpo.gradient.path import NonFinite, find_nonfinite
+from jaxhpo.gradient.unroll import Unrolled, unroll
 
-__all__ = ["unroll"]
+__all__ = [
+    "Forward",
+    "GradientCheck",
+    "Implicit",
+    "NonFinite",
+    "Online",
+    "Reverse",
+    "Truncated",
+    "Unrolled",
+    "check_gradient",
+    "find_nonfinite",
+    "unroll",
+]

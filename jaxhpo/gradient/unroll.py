@@ -1,28 +1,46 @@
 """A whole training run as one objective, which can be differentiated."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxhpo.checks import whole
-from jaxhpo.trainable import Trainable
+from jaxhpo.gradient.exact import Reverse
+from jaxhpo.trainable import Trainable, unjitted
 
 
-def unroll(trainable: Trainable, steps: int, adjoint: Callable | None = None) -> Callable:
+@dataclasses.dataclass(frozen=True)
+class Unrolled:
+    """A training run as an objective `(key, hparams) -> loss`; equal where all three of its parts are."""
+
+    trainable: Trainable
+    """how it trains"""
+    steps: int
+    """how long"""
+    adjoint: Callable
+    """how the derivative is taken, `(trainable, steps) -> objective`"""
+
+    def __call__(self, key: jax.Array, hparams: Any) -> jax.Array:
+        return self.adjoint(unjitted(self.trainable), self.steps)(key, hparams)
+
+
+def unroll(trainable: Trainable, steps: int, adjoint: Callable | None = None) -> Unrolled:
     """The loss after `steps` training steps, as an objective `(key, hparams) -> loss`.
 
     Args:
       trainable: how to train.
       steps: training steps, at least 1.
-      adjoint: how the derivative is taken, `(trainable, steps) -> objective`; plain reverse mode if not given.
+      adjoint: how the derivative is taken: `Reverse`, `Forward`, `Truncated`, `Implicit`, `Online`, or any function
+        `(trainable, steps) -> objective`. `Reverse()` if not given.
 
     Returns:
-      A pure function of a trial's key and hyperparameters, with the keys that a study gives the same trial.
+      A pure function of a trial's key and hyperparameters, with the keys that a study gives the same trial. It can be
+      hashed, and is equal to another one of the same parts.
 
     Raises:
-      ValueError, TypeError: `steps` is out of its range, or `trainable` is none.
+      ValueError, TypeError: `steps` is out of its range, `trainable` is none, or the adjoint does not suit them.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhpo as hpo
@@ -34,15 +52,8 @@ def unroll(trainable: Trainable, steps: int, adjoint: Callable | None = None) ->
     if not isinstance(trainable, Trainable):
         raise TypeError(f"trainable must be a Trainable(init, step, evaluate), got {trainable!r}")
     steps = whole("steps", steps, 1)
-    if adjoint is not None:
-        return adjoint(trainable, steps)
-
-    def objective(key: jax.Array, hparams: Any) -> jax.Array:
-        def step(state: Any, reached: jax.Array) -> tuple[Any, None]:
-            return trainable.step(jax.random.fold_in(key, reached), state, hparams), None
-
-        state = trainable.init(jax.random.fold_in(key, 0), hparams)
-        state, _ = jax.lax.scan(step, state, jnp.arange(1, steps + 1))
-        return trainable.evaluate(state, hparams)
-
-    return objective
+    adjoint = Reverse() if adjoint is None else adjoint
+    if not callable(adjoint) or isinstance(adjoint, type):
+        raise TypeError(f"adjoint must be one such as hpo.Reverse() or hpo.Forward(), got {adjoint!r}")
+    adjoint(trainable, steps)
+    return Unrolled(trainable, steps, adjoint)
