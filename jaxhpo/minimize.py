@@ -286,7 +286,8 @@ def _blank(space: Space) -> Records:
     empty = np.zeros(0, np.int32)
     hparams = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), trials)
     dtype = working_dtype()
-    return Records(empty, empty, np.zeros((0, space.dims), dtype), hparams, empty, np.zeros(0, dtype), empty)
+    none = np.zeros(0, dtype)
+    return Records(empty, empty, np.zeros((0, space.dims), dtype), hparams, empty, none, empty, none, empty > 0)
 
 
 def _known(initial: Initial) -> Records:
@@ -294,21 +295,27 @@ def _known(initial: Initial) -> Records:
     rows = np.arange(n, dtype=np.int32)
     losses = initial.known_losses.astype(initial.known_unit.dtype)
     none = np.full(n, -1, np.int32)
-    return Records(none, -1 - rows, initial.known_unit, initial.known_hparams, 0 * rows, losses, none)
+    unknown, hard = np.full(n, np.nan, losses.dtype), np.zeros(n, bool)
+    return Records(
+        none, -1 - rows, initial.known_unit, initial.known_hparams, 0 * rows, losses, none, unknown, hard
+    )
 
 
 def _records(trace: Trace, first: int) -> Records:
     """The active rows of a trace whose first round is `first`."""
     rounds, lanes = np.nonzero(trace.trials.active)
     take = lambda x: np.asarray(x)[rounds, lanes]  # noqa: E731
+    loss, norms, soft = take(trace.losses), trace.gradient_norms, trace.soft
     return Records(
         round=(rounds + first).astype(np.int32),
         id=take(trace.trials.id),
         unit=take(trace.trials.unit),
         hparams=jax.tree.map(take, trace.trials.hparams),
         steps=take(trace.reached),
-        loss=take(trace.losses),
+        loss=loss,
         parent=take(trace.parent),
+        gradient_norm=np.full_like(loss, np.nan) if norms is None else take(norms),
+        soft=np.zeros(len(loss), bool) if soft is None else take(soft),
     )
 
 
