@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,11 @@ from jaxhpo.study import Initial, Trace, read_initial
 from jaxhpo.trainable import Trainable, repeated
 
 PyTree = Any
+EXPLODED = 1e4
+REMEDY = (
+    "unroll fewer steps, let the derivative go back only a part of them (hpo.unroll with adjoint=hpo.Truncated(k)), or "
+    "give the Adam that trains an eps_root such as 1e-8, without which the slope of its square root is infinite at 0"
+)
 
 
 class AllTrialsFailed(RuntimeError):
@@ -261,6 +267,8 @@ class _Shell:
         )
         if not len(best):
             why = next(iter(result.errors.values()), "every loss was NaN or infinite")
+            if records.soft is not None and records.soft.any():
+                why = "every finite loss was that of soft weights, which are no choice: run more rounds, or lower anneal"
             if not self.tally.trials:
                 raise AllTrialsFailed(f"no trial ended before time_limit={self.budget.time_limit}; raise it", result)
             raise AllTrialsFailed(
@@ -268,7 +276,31 @@ class _Shell:
                 "are in this error's .result",
                 result,
             )
+        _warn_of_gradients(result.trials)
         return result
+
+
+def _warn_of_gradients(records: Records) -> None:
+    """Warns of gradients that are of no use although the losses are."""
+    norms, losses = records.gradient_norm, records.loss[~records.failed]
+    if norms is None or not np.isfinite(norms).any() and not np.isinf(norms).any():
+        return
+    norms = norms[~records.failed]
+    lost = int(np.isinf(norms).sum())
+    if lost:
+        warnings.warn(
+            f"{lost} of {len(losses)} trials had a finite loss but a gradient that is NaN or infinite; {REMEDY}",
+            stacklevel=4,
+        )
+        return
+    # In the unit cube a slope as large as the losses goes through all of them from one end of a parameter to the other.
+    steep = np.nanmax(norms) / max(float(np.ptp(losses) + np.median(np.abs(losses))), np.finfo(losses.dtype).tiny)
+    if steep > EXPLODED:
+        warnings.warn(
+            f"gradients explode: the largest is {np.nanmax(norms):.3g} by the unit cube, {steep:.2g} times the range of "
+            f"the losses; {REMEDY}",
+            stacklevel=4,
+        )
 
 
 def _packed(leaves: Sequence) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from jaxhpo.bandit import (
     successive_halving,
 )
 from jaxhpo.exhaustive import grid
-from jaxhpo.gradient import gradient
+from jaxhpo.gradient import gradient, polish
 from jaxhpo.method import Method, Trials
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm, pbt
 from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
@@ -88,6 +88,7 @@ CASES = [
     Case("particle_swarm-spso2011", lambda space: particle_swarm(space, particles=7, variant="spso2011", batch=5)),
     Case("pbt", lambda space: pbt(space, population=5, every=3)),
     Case("pbt-gp", lambda space: pbt(space, population=5, every=3, explore="gp"), chaotic=True),
+    Case("polish", lambda space: polish(genetic(space, population=6, batch=5), ADAM, every=2)),
     Case("tpe", lambda space: tpe(space, startup=5, candidates=8, batch=5)),
     Case("tpe-univariate", lambda space: tpe(space, multivariate=False, startup=5, candidates=8, batch=5)),
 ]

@@ -95,28 +95,37 @@ def worst(state: State, anneals: bool) -> jax.Array:
     return is_worst & (state.age >= state.settings.patience + (state.settings.anneal if anneals else 0))
 
 
+class Parts(NamedTuple):
+    """What an optimizer is made of: equal for the same object, so that what is compiled is shared."""
+
+    init: Callable
+    update: Callable
+    takes_loss: bool
+    """whether `update` takes more than gradients, such as `value`"""
+
+
 @functools.lru_cache(maxsize=256)
-def stepper(init: Callable, update: Callable) -> tuple[Callable, Callable]:
+def stepper(parts: Parts) -> tuple[Callable, Callable]:
     """An optimizer for many vectors, each on its own.
 
     Returns:
       `begin(points)`, its states, and `step(points, states, gradients, losses)`, the steps and the states after them;
       all with a leading axis.
     """
-    optimizer = optax.with_extra_args_support(optax.GradientTransformation(init, update))
 
     def step(point: jax.Array, state: PyTree, gradient: jax.Array, loss: jax.Array) -> tuple[jax.Array, PyTree]:
-        updates, after = optimizer.update(gradient, state, point, value=loss, grad=gradient)
+        more = {"value": loss, "grad": gradient} if parts.takes_loss else {}
+        updates, after = parts.update(gradient, state, point, **more)
         same = lambda new, old: jnp.asarray(new, jnp.asarray(old).dtype)  # noqa: E731
         return updates, jax.tree.map(same, after, state)
 
-    return jax.vmap(optimizer.init), jax.vmap(step)
+    return jax.vmap(parts.init), jax.vmap(step)
 
 
 @functools.lru_cache(maxsize=256)
-def _functions(space: Space, starts: int, parts: tuple[Callable, Callable]) -> tuple[Callable, Callable, Callable]:
+def _functions(space: Space, starts: int, parts: Parts) -> tuple[Callable, Callable, Callable]:
     c = at.coordinates(space)
-    begin, step = stepper(*parts)
+    begin, step = stepper(parts)
     anneals, leaves = bool(len(c.owner)), len(space.leaves)
     moves = anneals or bool(c.moves.any())
 
@@ -198,8 +207,8 @@ def _functions(space: Space, starts: int, parts: tuple[Callable, Callable]) -> t
     return init, ask, tell
 
 
-def check_optimizer(optimizer: Any) -> tuple[Callable, Callable]:
-    """The two functions of an optax optimizer.
+def parts_of(optimizer: Any) -> Parts:
+    """What an optax optimizer is made of.
 
     Raises:
       TypeError: it is none.
@@ -207,7 +216,7 @@ def check_optimizer(optimizer: Any) -> tuple[Callable, Callable]:
     init, update = getattr(optimizer, "init", None), getattr(optimizer, "update", None)
     if not callable(init) or not callable(update):
         raise TypeError(f"optimizer must be an optax optimizer, got {optimizer!r}; say optax.adam(0.05)")
-    return init, update
+    return Parts(init, update, isinstance(optimizer, optax.GradientTransformationExtraArgs))
 
 
 def gradient(
@@ -269,7 +278,7 @@ def gradient(
       Franceschi et al. (2017), Forward and reverse gradient-based hyperparameter optimization.
     """
     space, starts = Space.of(space, most=None), whole("starts", starts, 1)
-    parts = check_optimizer(optimizer)
+    parts = parts_of(optimizer)
     positive = 1e-6, 1e6
     numbers = Settings(
         temperature=real("temperature", temperature, *positive, "1 is usual"),
