@@ -263,8 +263,8 @@ def polish(
       ...     return jnp.sum((h["x"] - 0.3) ** 2 + 0.1 * jnp.sin(20 * h["x"]) ** 2)
       >>> method = hpo.polish(hpo.genetic({"x": hpo.Array(2, -3.0, 3.0)}, batch=8), optax.adam(0.05), every=1)
       >>> result = hpo.minimize(ripples, method, key=jax.random.key(0), trials=800)
-      >>> round(result.best_loss, 3)
-      0.001
+      >>> result.best_loss < 0.001
+      True
 
     Reference:
       Moscato (1989), On evolution, search, optimization, genetic algorithms and martial arts: towards memetic
