@@ -89,8 +89,8 @@ def temperatures(settings: Settings, age: jax.Array) -> jax.Array:
 def worst(state: State, anneals: bool) -> jax.Array:
     """Which starts had their chance and are among the worst, never the best one: bool[starts]."""
     starts = state.best.shape[0]
-    order = jnp.argsort(state.best, stable=True)
-    rank = jnp.zeros(starts, jnp.int32).at[order].set(jnp.arange(starts, dtype=jnp.int32))
+    mine, other, index = state.best[:, None], state.best, jnp.arange(starts)
+    rank = jnp.sum((other < mine) | ((other == mine) & (index < index[:, None])), axis=1, dtype=jnp.int32)
     is_worst = (rank >= starts - jnp.round(state.settings.replaced * starts)) & (rank > 0)
     return is_worst & (state.age >= state.settings.patience + (state.settings.anneal if anneals else 0))
 
