@@ -268,7 +268,9 @@ class _Shell:
         if not len(best):
             why = next(iter(result.errors.values()), "every loss was NaN or infinite")
             if records.soft is not None and records.soft.any():
-                why = "every finite loss was that of soft weights, which are no choice: run more rounds, or lower anneal"
+                why = (
+                    "every finite loss was that of soft weights, which are no choice: run more rounds, or lower anneal"
+                )
             if not self.tally.trials:
                 raise AllTrialsFailed(f"no trial ended before time_limit={self.budget.time_limit}; raise it", result)
             raise AllTrialsFailed(
@@ -328,9 +330,7 @@ def _known(initial: Initial) -> Records:
     losses = initial.known_losses.astype(initial.known_unit.dtype)
     none = np.full(n, -1, np.int32)
     unknown, hard = np.full(n, np.nan, losses.dtype), np.zeros(n, bool)
-    return Records(
-        none, -1 - rows, initial.known_unit, initial.known_hparams, 0 * rows, losses, none, unknown, hard
-    )
+    return Records(none, -1 - rows, initial.known_unit, initial.known_hparams, 0 * rows, losses, none, unknown, hard)
 
 
 def _records(trace: Trace, first: int) -> Records:

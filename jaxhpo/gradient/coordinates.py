@@ -54,12 +54,12 @@ def coordinates(space: Space) -> Coordinates:
     """
     sizes = [leaf.size for leaf in space.leaves]
     most = 2 ** (np.finfo(working_dtype()).nmant + 1)
-    for leaf in space.leaves:
-        bounds = (leaf.parameter.low, leaf.parameter.high) if is_integer(leaf) else ()
-        if any(abs(int(bound)) > most for bound in bounds):
+    for leaf in filter(is_integer, space.leaves):
+        p = leaf.parameter
+        if max(abs(int(p.low)), abs(int(p.high))) > most:
             raise ValueError(
                 f"space parameter '{leaf.path}': descent moves integers as {working_dtype()}, in which those beyond "
-                f"{most} have gaps, got low={bounds[0]!r} and high={bounds[1]!r}; use Float, or enable float64"
+                f"{most} have gaps, got low={p.low!r} and high={p.high!r}; use Float, or enable float64"
             )
     counts = [leaf.parameter.levels for leaf in space.leaves if leaf.kind == "relaxed"]
     return Coordinates(

@@ -279,15 +279,14 @@ def gradient(
     """
     space, starts = Space.of(space, most=None), whole("starts", starts, 1)
     parts = parts_of(optimizer)
-    positive = 1e-6, 1e6
-    numbers = Settings(
-        temperature=real("temperature", temperature, *positive, "1 is usual"),
-        final_temperature=real("final_temperature", final_temperature, *positive, "0.1 is usual"),
-        anneal=real("anneal", anneal, 0, 1e6, "25 is usual"),
-        patience=real("patience", patience, 1, 1e6, "25 is usual"),
-        replaced=real("replaced", replaced, 0, 1, "0.25 is usual"),
+    array = functools.partial(jnp.asarray, dtype=working_dtype())
+    settings = Settings(
+        temperature=array(real("temperature", temperature, 1e-6, 1e6, "1 is usual")),
+        final_temperature=array(real("final_temperature", final_temperature, 1e-6, 1e6, "0.1 is usual")),
+        anneal=array(real("anneal", anneal, 0, 1e6, "25 is usual")),
+        patience=array(real("patience", patience, 1, 1e6, "25 is usual")),
+        replaced=array(real("replaced", replaced, 0, 1, "0.25 is usual")),
     )
-    settings = jax.tree.map(functools.partial(jnp.asarray, dtype=working_dtype()), numbers)
     init, ask, tell = _functions(space, starts, parts)
     return Method(
         "gradient", space, settings, Initializer(init, settings), ask, tell, batch=starts, uses_gradients=True

@@ -204,9 +204,7 @@ def _functions(
         first = at.vector(c, unit)
         point, states, fine = advance(first, begin(first), at.unit_of(c, first), loss, gradients)
         rows = jnp.arange(losses.shape[0], dtype=jnp.int32)
-        new = Leaders(
-            point, states, jnp.where(is_new & fine, losses, jnp.inf), 0 * rows, 0 * rows, state.tokens + rows
-        )
+        new = Leaders(point, states, jnp.where(is_new & fine, losses, jnp.inf), 0 * rows, 0 * rows, state.tokens + rows)
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), leaders, new)
         # A new one is where it was told, not where it goes: so that it is not taken for another.
         places = jnp.concatenate([at.unit_of(c, leaders.point), unit])
@@ -286,11 +284,12 @@ def polish(
         )
     every, batch = whole("every", every, 1), method.batch
     number = -(-batch // 2) if leaders is None else whole("leaders", leaders, 1, "half the batch is usual", batch)
-    numbers = Settings(
-        patience=real("patience", patience, 1, 1e6, "10 is usual"), radius=real("radius", radius, 0, 1, "0.02 is usual")
-    )
     array = functools.partial(jnp.asarray, dtype=working_dtype())
-    settings = {"method": method.settings, "polish": jax.tree.map(array, numbers)}
+    own = Settings(
+        patience=array(real("patience", patience, 1, 1e6, "10 is usual")),
+        radius=array(real("radius", radius, 0, 1, "0.02 is usual")),
+    )
+    settings = {"method": method.settings, "polish": own}
     parts = (bare(method.init), method.ask, method.tell, method.reserve)
     init, ask, tell, reserve = _functions(
         method.space, batch, every, number, parts_of(optimizer), method.uses_gradients, parts
