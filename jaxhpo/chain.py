@@ -65,7 +65,7 @@ def relaxed(space: Space, tree: PyTree) -> jax.Array:
 
 
 def norms(space: Space, unit: jax.Array, gradients: PyTree) -> jax.Array:
-    """Lengths of gradients by the unit cube, and by the weights of relaxed choices: float[batch], inf where not finite."""
+    """Lengths of gradients by the unit cube and the weights of relaxed choices: float[batch], inf where not finite."""
     slopes = by_unit(space, unit, gradients)
     if any(leaf.kind == "relaxed" for leaf in space.leaves):
         slopes = jnp.concatenate([slopes, relaxed(space, gradients).astype(slopes.dtype)], axis=-1)

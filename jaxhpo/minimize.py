@@ -299,8 +299,8 @@ def _warn_of_gradients(records: Records) -> None:
     steep = np.nanmax(norms) / max(float(np.ptp(losses) + np.median(np.abs(losses))), np.finfo(losses.dtype).tiny)
     if steep > EXPLODED:
         warnings.warn(
-            f"gradients explode: the largest is {np.nanmax(norms):.3g} by the unit cube, {steep:.2g} times the range of "
-            f"the losses; {REMEDY}",
+            f"gradients explode: the largest is {np.nanmax(norms):.3g} by the unit cube, {steep:.2g} times the range "
+            f"of the losses; {REMEDY}",
             stacklevel=4,
         )
 

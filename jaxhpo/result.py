@@ -267,7 +267,7 @@ class Result:
 
     @property
     def gradient_norms(self) -> np.ndarray:
-        """float[n]: the length of the gradient at every evaluation, NaN where there is none, inf where it is not finite.
+        """float[n]: length of the gradient at every evaluation, NaN where there is none, inf where it is not finite.
 
         It is taken by the unit cube, in which every parameter runs from 0 to 1, and by the weights of relaxed choices,
         so parameters of different units compare: 1 is a loss that changes by 1 from one end to the other.

@@ -134,8 +134,8 @@ class Space:
         if most is not None and space.dims > most:
             largest = max(space.leaves, key=lambda leaf: leaf.size)
             raise ValueError(
-                f"space has {space.dims} dims, of which '{largest.path}' takes {largest.size}, but this method searches at "
-                f"most {most}; use hpo.gradient, which follows slopes, or a smaller shape"
+                f"space has {space.dims} dims, of which '{largest.path}' takes {largest.size}, but this method "
+                f"searches at most {most}; use hpo.gradient, which follows slopes, or a smaller shape"
             )
         return space
 

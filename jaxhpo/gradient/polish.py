@@ -274,8 +274,8 @@ def polish(
         )
     if method.slots:
         raise ValueError(
-            f"method '{method.name}' keeps slots={method.slots} training states, along which no gradient is taken; give "
-            "a black-box method, such as hpo.genetic(space), and train in its objective with hpo.unroll"
+            f"method '{method.name}' keeps slots={method.slots} training states, along which no gradient is taken; "
+            "give a black-box method, such as hpo.genetic(space), and train in its objective with hpo.unroll"
         )
     if method.rounds is not None:
         raise ValueError(
