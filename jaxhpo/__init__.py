@@ -32,6 +32,7 @@ from jaxhpo.bandit import (
     successive_halving,
 )
 from jaxhpo.exhaustive import grid
+from jaxhpo.gradient import gradient, polish
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm, pbt
 from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
 from jaxhpo.stochastic import annealing, quasirandom, random
@@ -89,12 +90,14 @@ __all__ = [
     "flax_trainable",
     "genetic",
     "gp_ei",
+    "gradient",
     "grid",
     "hyperband",
     "islands",
     "minimize",
     "particle_swarm",
     "pbt",
+    "polish",
     "quasirandom",
     "random",
     "replay",

@@ -137,7 +137,8 @@ class Meter(NamedTuple):
     def after(self, trace: Trace) -> "Meter":
         """The tally after one more round."""
         active = trace.trials.active
-        best = jnp.min(jnp.where(active, ranked(trace.losses), jnp.inf))
+        counts = active if trace.soft is None else active & ~trace.soft
+        best = jnp.min(jnp.where(counts, ranked(trace.losses), jnp.inf))
         trials = jnp.maximum(self.trials, jnp.max(jnp.where(active, trace.trials.id, -1)) + 1)
         # Saturates: a chunk may run more steps than an i32 counts.
         more = jnp.sum(jnp.where(active, trace.trials.steps, 0), dtype=jnp.int32)

@@ -24,10 +24,12 @@ def describe(method: Method, key: jax.Array, initial: Any, repeats: int, problem
     """What makes a study this study: a digest of each part."""
     state = jax.eval_shape(bare(method.init), key, method.settings)
     trials = jax.eval_shape(lambda k, s: method.ask(k, s)[0], key, state)
-    functions = [program(lambda k, s: method.ask(k, s), key, state)]
-    if not method.uses_gradients:
-        losses = jax.ShapeDtypeStruct((method.batch,), working_dtype())
-        functions.append(program(lambda s, t, x: method.tell(s, t, x), state, trials, losses))
+    losses = jax.ShapeDtypeStruct((method.batch,), working_dtype())
+    gradients = (trials.hparams,) if method.uses_gradients else ()
+    functions = [
+        program(lambda k, s: method.ask(k, s), key, state),
+        program(lambda s, t, x, *g: method.tell(s, t, x, *g), state, trials, losses, *gradients),
+    ]
     parts = {
         "space": method.space.tree,
         "settings": jax.tree.map(np.asarray, method.settings),

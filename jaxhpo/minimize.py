@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,11 @@ from jaxhpo.study import Initial, Trace, read_initial
 from jaxhpo.trainable import Trainable, repeated
 
 PyTree = Any
+EXPLODED = 1e4
+REMEDY = (
+    "unroll fewer steps, let the derivative go back only a part of them (hpo.unroll with adjoint=hpo.Truncated(k)), or "
+    "give the Adam that trains an eps_root such as 1e-8, without which the slope of its square root is infinite at 0"
+)
 
 
 class AllTrialsFailed(RuntimeError):
@@ -261,6 +267,10 @@ class _Shell:
         )
         if not len(best):
             why = next(iter(result.errors.values()), "every loss was NaN or infinite")
+            if records.soft is not None and records.soft.any():
+                why = (
+                    "every finite loss was that of soft weights, which are no choice: run more rounds, or lower anneal"
+                )
             if not self.tally.trials:
                 raise AllTrialsFailed(f"no trial ended before time_limit={self.budget.time_limit}; raise it", result)
             raise AllTrialsFailed(
@@ -268,7 +278,31 @@ class _Shell:
                 "are in this error's .result",
                 result,
             )
+        _warn_of_gradients(result.trials)
         return result
+
+
+def _warn_of_gradients(records: Records) -> None:
+    """Warns of gradients that are of no use although the losses are."""
+    norms, losses = records.gradient_norm, records.loss[~records.failed]
+    if norms is None or not np.isfinite(norms).any() and not np.isinf(norms).any():
+        return
+    norms = norms[~records.failed]
+    lost = int(np.isinf(norms).sum())
+    if lost:
+        warnings.warn(
+            f"{lost} of {len(losses)} trials had a finite loss but a gradient that is NaN or infinite; {REMEDY}",
+            stacklevel=4,
+        )
+        return
+    # In the unit cube a slope as large as the losses goes through all of them from one end of a parameter to the other.
+    steep = np.nanmax(norms) / max(float(np.ptp(losses) + np.median(np.abs(losses))), np.finfo(losses.dtype).tiny)
+    if steep > EXPLODED:
+        warnings.warn(
+            f"gradients explode: the largest is {np.nanmax(norms):.3g} by the unit cube, {steep:.2g} times the range "
+            f"of the losses; {REMEDY}",
+            stacklevel=4,
+        )
 
 
 def _packed(leaves: Sequence) -> dict[str, np.ndarray]:
@@ -286,7 +320,8 @@ def _blank(space: Space) -> Records:
     empty = np.zeros(0, np.int32)
     hparams = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), trials)
     dtype = working_dtype()
-    return Records(empty, empty, np.zeros((0, space.dims), dtype), hparams, empty, np.zeros(0, dtype), empty)
+    none = np.zeros(0, dtype)
+    return Records(empty, empty, np.zeros((0, space.dims), dtype), hparams, empty, none, empty, none, empty > 0)
 
 
 def _known(initial: Initial) -> Records:
@@ -294,21 +329,25 @@ def _known(initial: Initial) -> Records:
     rows = np.arange(n, dtype=np.int32)
     losses = initial.known_losses.astype(initial.known_unit.dtype)
     none = np.full(n, -1, np.int32)
-    return Records(none, -1 - rows, initial.known_unit, initial.known_hparams, 0 * rows, losses, none)
+    unknown, hard = np.full(n, np.nan, losses.dtype), np.zeros(n, bool)
+    return Records(none, -1 - rows, initial.known_unit, initial.known_hparams, 0 * rows, losses, none, unknown, hard)
 
 
 def _records(trace: Trace, first: int) -> Records:
     """The active rows of a trace whose first round is `first`."""
     rounds, lanes = np.nonzero(trace.trials.active)
     take = lambda x: np.asarray(x)[rounds, lanes]  # noqa: E731
+    loss, norms, soft = take(trace.losses), trace.gradient_norms, trace.soft
     return Records(
         round=(rounds + first).astype(np.int32),
         id=take(trace.trials.id),
         unit=take(trace.trials.unit),
         hparams=jax.tree.map(take, trace.trials.hparams),
         steps=take(trace.reached),
-        loss=take(trace.losses),
+        loss=loss,
         parent=take(trace.parent),
+        gradient_norm=np.full_like(loss, np.nan) if norms is None else take(norms),
+        soft=np.zeros(len(loss), bool) if soft is None else take(soft),
     )
 
 

@@ -63,8 +63,14 @@ def check(
 
 
 def _example(method: Method) -> tuple[jax.Array, PyTree]:
-    space = method.space
-    return jax.eval_shape(lambda: (jax.random.key(0), space.decode(jnp.zeros(space.dims))))
+    def example() -> tuple[jax.Array, PyTree]:
+        key, space = jax.random.key(0), method.space
+        if not method.uses_gradients:
+            return key, space.decode(jnp.zeros(space.dims))
+        # Integers are floats here, so that they have slopes.
+        return key, jax.tree.map(lambda x: x[0], method.ask(key, method.init(key))[0].hparams)
+
+    return jax.eval_shape(example)
 
 
 def _traced(what: str, fn: Callable, hparams: PyTree, *args: Any) -> Any:

@@ -58,6 +58,16 @@ class Records(NamedTuple):
     parent: np.ndarray | None = None
     """i32[n]: the trial whose training state was continued, its own where it went on, -1 where it started afresh;
     `None` where that is not known"""
+    gradient_norm: np.ndarray | None = None
+    """float[n]: length of the gradient by the unit cube, and by the weights of relaxed choices; NaN where there is none
+    and inf where it is not finite, `None` where none is known"""
+    soft: np.ndarray | None = None
+    """bool[n]: losses at soft weights of a relaxed choice, which are those of no choice; `None` where there are none"""
+
+    @property
+    def counts(self) -> np.ndarray:
+        """bool[n]: which rows can be the best: their loss is finite, and that of what is written there."""
+        return ~self.failed if self.soft is None else ~self.failed & ~self.soft
 
     @property
     def size(self) -> int:
@@ -77,8 +87,8 @@ class Records(NamedTuple):
         Returns:
           i64[m], rows.
         """
-        order = np.argsort(np.where(self.failed, np.inf, self.loss), kind="stable")
-        order = order[: np.count_nonzero(~self.failed)]
+        order = np.argsort(np.where(self.counts, self.loss, np.inf), kind="stable")
+        order = order[: np.count_nonzero(self.counts)]
         _, first = np.unique(self.id[order], return_index=True)
         return order[np.sort(first)][:n]
 
@@ -252,8 +262,18 @@ class Result:
           evaluations: i64[n], 1 to n.
           best: f64[n], the lowest finite loss of that many evaluations, +inf as long as there is none.
         """
-        losses = np.where(self.trials.failed, np.inf, self.trials.loss.astype(float))
+        losses = np.where(self.trials.counts, self.trials.loss.astype(float), np.inf)
         return np.arange(1, len(losses) + 1), np.minimum.accumulate(losses)
+
+    @property
+    def gradient_norms(self) -> np.ndarray:
+        """float[n]: length of the gradient at every evaluation, NaN where there is none, inf where it is not finite.
+
+        It is taken by the unit cube, in which every parameter runs from 0 to 1, and by the weights of relaxed choices,
+        so parameters of different units compare: 1 is a loss that changes by 1 from one end to the other.
+        """
+        known = self.trials.gradient_norm
+        return np.full(len(self.trials.loss), np.nan, self.trials.loss.dtype) if known is None else known
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """Every evaluation as a row of a pandas frame.

@@ -16,6 +16,7 @@ from jaxhpo.codec import Codec, Leaf
 from jaxhpo.parameters import Categorical, OneOf, Parameter
 
 PyTree = Any
+MOST_DIMS = 2048
 
 
 def working_dtype() -> np.dtype:
@@ -119,9 +120,24 @@ class Space:
         self._codec()
 
     @classmethod
-    def of(cls, tree: "PyTree | Space") -> "Space":
-        """`tree` itself if it is a `Space`, else a `Space` around it."""
-        return tree if isinstance(tree, Space) else cls(tree)
+    def of(cls, tree: "PyTree | Space", most: int | None = MOST_DIMS) -> "Space":
+        """`tree` itself if it is a `Space`, else a `Space` around it.
+
+        Args:
+          tree: as above.
+          most: how many dims a method can search, `None` if any number.
+
+        Raises:
+          ValueError: it has more.
+        """
+        space = tree if isinstance(tree, Space) else cls(tree)
+        if most is not None and space.dims > most:
+            largest = max(space.leaves, key=lambda leaf: leaf.size)
+            raise ValueError(
+                f"space has {space.dims} dims, of which '{largest.path}' takes {largest.size}, but this method "
+                f"searches at most {most}; use hpo.gradient, which follows slopes, or a smaller shape"
+            )
+        return space
 
     def __repr__(self) -> str:
         return f"Space({self.tree!r})"
@@ -247,6 +263,16 @@ class Space:
     def fill(self, hparams: PyTree) -> PyTree:
         """`hparams` as a user's function gets them: constants put back where `decode` left `None`, `OneOf`s ordered."""
         return _filled(self.tree, iter(self.flatten(hparams)))
+
+    def soft(self, hparams: PyTree) -> jax.Array | None:
+        """Which points have weights of a relaxed choice that are not those of one option: bool[...], or `None`.
+
+        A loss at such weights is not that of any choice. `None` where the space has no relaxed choice.
+        """
+        relaxed = [w for leaf, w in zip(self.leaves, self.flatten(hparams), strict=True) if leaf.kind == "relaxed"]
+        if not relaxed:
+            return None
+        return jnp.stack([(w.max(-1) < 1) for w in relaxed]).any(0)
 
     def native(self, hparams: PyTree, i: int | None = None) -> PyTree:
         """Hyperparameters as Python values: options themselves, constants, only the live branch of a `OneOf`.

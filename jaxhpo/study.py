@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxhpo.chain import norms
 from jaxhpo.lanes import Bank, Incumbent, Lanes, Told, make_lanes
 from jaxhpo.method import Method, Trials, ask_key, bare, trial_keys, where_rows
 from jaxhpo.problem import check
@@ -33,6 +34,12 @@ class Trace(NamedTuple):
     it started afresh"""
     best_state: PyTree = None
     """the training state that had the lowest finite loss; `None` for an objective"""
+    gradient_norms: Any = None
+    """float[rounds, batch]: lengths of the gradients by the unit cube and by the weights of relaxed choices; `None`
+    where the method uses none"""
+    soft: Any = None
+    """bool[rounds, batch]: losses at soft weights of a relaxed choice, which are those of no choice and never the
+    best; `None` where there are none"""
 
 
 class Carry(NamedTuple):
@@ -205,9 +212,13 @@ def make_engine(
             trials = begin_with(initial, trials)
         told: Told
         bank, incumbent, told = runner.run(carry.bank, carry.incumbent, trial_keys(key, trials), trials)
-        gradients = (told.gradients,) if method.uses_gradients else ()
-        state = method.tell(state, trials, told.losses, *gradients)
-        return Carry(state, bank, incumbent), Trace(trials._replace(aux=()), told.reached, told.losses, told.parent)
+        trace = Trace(trials._replace(aux=()), told.reached, told.losses, told.parent)
+        if not method.uses_gradients:
+            return Carry(method.tell(state, trials, told.losses), bank, incumbent), trace
+        trace = trace._replace(
+            gradient_norms=norms(method.space, trials.unit, told.gradients), soft=method.space.soft(trials.hparams)
+        )
+        return Carry(method.tell(state, trials, told.losses, told.gradients), bank, incumbent), trace
 
     return Engine(start, round_, runner.restore)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxhpo as hpo
 from jaxhpo.bandit import (
@@ -24,6 +25,7 @@ from jaxhpo.bandit import (
     successive_halving,
 )
 from jaxhpo.exhaustive import grid
+from jaxhpo.gradient import gradient, polish
 from jaxhpo.method import Method, Trials
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm, pbt
 from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
@@ -41,6 +43,7 @@ class Case(NamedTuple):
     """whether the rounding of a batched program can move a trial far, as what it maximises has many optima"""
 
 
+ADAM = optax.adam(0.1)
 CASES = [
     Case("grid", lambda space: grid(space, points=2, batch=5), keyed=False),
     Case("random", lambda space: random(space, batch=5)),
@@ -77,6 +80,7 @@ CASES = [
     Case("coordinate_descent-cyclic", lambda space: coordinate_descent(space, starts=1, order="cyclic", batch=5)),
     Case("gp_ei", lambda space: gp_ei(space, startup=5, batch=5), chaotic=True),
     Case("bayesian-forest", lambda space: bayesian(space, surrogate="forest", startup=5, batch=5), chaotic=True),
+    Case("gradient", lambda space: gradient(space, ADAM, starts=5)),
     Case("genetic", lambda space: genetic(space, population=7, batch=5)),
     Case("genetic-rank", lambda space: genetic(space, population=4, selection="rank", crossover="sbx", batch=5)),
     Case("islands", lambda space: islands(genetic(space, population=6, batch=3), 2, every=2)),
@@ -84,6 +88,7 @@ CASES = [
     Case("particle_swarm-spso2011", lambda space: particle_swarm(space, particles=7, variant="spso2011", batch=5)),
     Case("pbt", lambda space: pbt(space, population=5, every=3)),
     Case("pbt-gp", lambda space: pbt(space, population=5, every=3, explore="gp"), chaotic=True),
+    Case("polish", lambda space: polish(genetic(space, population=6, batch=5), ADAM, every=2)),
     Case("tpe", lambda space: tpe(space, startup=5, candidates=8, batch=5)),
     Case("tpe-univariate", lambda space: tpe(space, multivariate=False, startup=5, candidates=8, batch=5)),
 ]

@@ -266,7 +266,7 @@ def pbt(
       Jaderberg et al. (2017), Population based training of neural networks. Parker-Holder, Nguyen and Roberts (2020),
       Provably efficient online hyperparameter optimization with population-based bandits.
     """
-    space, every = Space.of(space), whole("every", every, 1, most=MOST_STEPS)
+    space, every = Space.of(space, most=None), whole("every", every, 1, most=MOST_STEPS)
     population = whole("population", population, 2)
     max_steps = None if max_steps is None else whole("max_steps", max_steps, 1, most=MOST_STEPS)
     one_of("exploit", exploit, EXPLOITS)

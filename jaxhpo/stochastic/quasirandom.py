@@ -218,7 +218,7 @@ def quasirandom(space: PyTree, *, sequence: str = "sobol", batch: int = 16) -> M
       Joe and Kuo (2008), Constructing Sobol' sequences with better two-dimensional projections.
       Matousek (1998), On the L2-discrepancy for anchored boxes. Owen (2017), A randomized Halton algorithm in R.
     """
-    space, batch = Space.of(space), whole("batch", batch, 1)
+    space, batch = Space.of(space, most=None), whole("batch", batch, 1)
     limits = {"sobol": MAX_SOBOL, "halton": MAX_HALTON}
     one_of("sequence", sequence, limits)
     if space.dims > limits[sequence]:

@@ -59,6 +59,6 @@ def random(space: PyTree, *, batch: int = 16) -> Method:
     Reference:
       Bergstra and Bengio (2012), Random Search for Hyper-Parameter Optimization.
     """
-    space, batch = Space.of(space), whole("batch", batch, 1)
+    space, batch = Space.of(space, most=None), whole("batch", batch, 1)
     init, ask, tell = _functions(space, batch)
     return Method("random", space, (), init, ask, tell, batch)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxhpo import chain
 from jaxhpo.sequential.surrogate.kernel import (
     Covariance,
     apart,
@@ -44,21 +45,7 @@ def by_unit(space: Space, unit: jax.Array, gradients: PyTree) -> jax.Array:
       unit: float[batch, dims] in [0, 1].
       gradients: shaped like the hyperparameters.
     """
-    parts = space.flatten(gradients)
-
-    def reals(unit: jax.Array) -> list[jax.Array]:
-        values = space.flatten(space.decode(unit))
-        return [v for v in values if jnp.issubdtype(v.dtype, jnp.floating)]
-
-    kept = [
-        part.astype(unit.dtype)
-        for part, value in zip(parts, space.flatten(jax.eval_shape(space.decode, unit)), strict=True)
-        if jnp.issubdtype(value.dtype, jnp.floating)
-    ]
-    if not kept:
-        return jnp.zeros_like(unit)
-    (slope,) = jax.vjp(reals, unit)[1](kept)
-    return jnp.where(jnp.asarray(space.levels == 0), slope, 0)
+    return jnp.where(jnp.asarray(space.levels == 0), chain.by_unit(space, unit, gradients), 0)
 
 
 def covariance(space: Space, parameters: Covariance, a: jax.Array, b: jax.Array) -> jax.Array:
