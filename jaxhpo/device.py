@@ -177,7 +177,7 @@ class Device:
     def advance(self, tally: Tally, seconds_left: float) -> tuple[Trace, Tally]:
         """Runs some rounds: the trace of them, arrays of NumPy with leading axis rounds, and the tally after them."""
         while self.open and (tally.rounds + self.most) * self.method.batch + self.known > self.room:
-            self.room *= 2
+            self.room *= 8
             self._reserve()
         program = self._compiled()
         most = self.processes.agree(max(1, min(int(self.pace), self.most)))
