@@ -120,6 +120,27 @@ class Method(NamedTuple):
     """(state, capacity) -> state with room for that many told trials"""
 
 
+def endless(method: Any, example: str, slots: str, rounds: str) -> Method:
+    """`method`, if it is a black-box method that can be asked for ever.
+
+    Args:
+      method: what was given.
+      example: what would be right, as in "hpo.genetic(space)".
+      slots: why training states that it keeps are in the way, and the remedy.
+      rounds: why an end is in the way, and the remedy.
+
+    Raises:
+      TypeError, ValueError: it is none.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method, got {method!r}; give what a builder returns, such as {example}")
+    if method.slots:
+        raise ValueError(f"method '{method.name}' keeps slots={method.slots} training states, {slots}")
+    if method.rounds is not None:
+        raise ValueError(f"method '{method.name}' ends by itself, after rounds={method.rounds} asks, {rounds}")
+    return method
+
+
 def black_box(
     space: Space, unit: jax.Array, first: jax.Array, active: jax.Array | None = None, aux: PyTree = ()
 ) -> Trials:

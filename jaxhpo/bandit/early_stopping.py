@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxhpo.bandit.rules import Record, Rule, Verdict, beat, complete, no_record
 from jaxhpo.bandit.sampling import Inner, Waiting, functions_of
-from jaxhpo.method import Initializer, Method, PyTree, Trials, failed, keep, where_rows
+from jaxhpo.method import Initializer, Method, PyTree, Trials, endless, failed, keep, where_rows
 from jaxhpo.space import Space
 
 
@@ -185,24 +185,16 @@ def early_stopping(method: Method, rule: Rule) -> Method:
 
 
 def _check(method: Method, rule: Rule) -> None:
-    if not isinstance(method, Method):
-        raise TypeError(
-            f"method must be a Method, got {method!r}; give what a builder returns, such as hpo.tpe(space, batch=16)"
-        )
+    endless(
+        method,
+        "hpo.tpe(space, batch=16)",
+        "so it stops trials itself; give a black-box method, such as hpo.tpe(space)",
+        "but lanes are refilled one by one; give a method that goes on, such as hpo.random(space)",
+    )
     if not isinstance(rule, Rule):
         raise TypeError(
             f"rule must be a MedianRule or an ExtrapolationRule, got {rule!r}; say hpo.MedianRule(max_steps=100, "
             "every=10)"
-        )
-    if method.slots:
-        raise ValueError(
-            f"method '{method.name}' keeps slots={method.slots} training states, so it stops trials itself; give a "
-            "black-box method, such as hpo.tpe(space)"
-        )
-    if method.rounds is not None:
-        raise ValueError(
-            f"method '{method.name}' ends by itself, after rounds={method.rounds} asks, but lanes are refilled one by "
-            "one; give a method that goes on, such as hpo.random(space)"
         )
     if method.uses_gradients:
         raise ValueError(

@@ -25,6 +25,7 @@ from jaxhpo.method import (
     bare,
     black_box,
     count,
+    endless,
     failed,
     keep,
     ranked,
@@ -268,20 +269,13 @@ def polish(
       Moscato (1989), On evolution, search, optimization, genetic algorithms and martial arts: towards memetic
       algorithms.
     """
-    if not isinstance(method, Method):
-        raise TypeError(
-            f"method must be a Method, got {method!r}; give what a builder returns, such as hpo.genetic(space)"
-        )
-    if method.slots:
-        raise ValueError(
-            f"method '{method.name}' keeps slots={method.slots} training states, along which no gradient is taken; "
-            "give a black-box method, such as hpo.genetic(space), and train in its objective with hpo.unroll"
-        )
-    if method.rounds is not None:
-        raise ValueError(
-            f"method '{method.name}' ends by itself, after rounds={method.rounds} asks of its own; give one that goes "
-            "on, such as hpo.genetic(space)"
-        )
+    endless(
+        method,
+        "hpo.genetic(space)",
+        "along which no gradient is taken; give a black-box method, such as hpo.genetic(space), and train in its "
+        "objective with hpo.unroll",
+        "of its own; give one that goes on, such as hpo.genetic(space)",
+    )
     every, batch = whole("every", every, 1), method.batch
     number = -(-batch // 2) if leaders is None else whole("leaders", leaders, 1, "half the batch is usual", batch)
     array = functools.partial(jnp.asarray, dtype=working_dtype())

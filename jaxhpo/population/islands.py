@@ -24,6 +24,7 @@ from jaxhpo.method import (
     bare,
     black_box,
     count,
+    endless,
     is_count,
     keep,
     ranked,
@@ -212,21 +213,14 @@ def islands(method: Method, n: int, every: int) -> Method:
       Tanese (1989), Distributed genetic algorithms. Whitley, Rana and Heckendorn (1999), The island model genetic
       algorithm: on separability, population size and convergence.
     """
-    if not isinstance(method, Method):
-        raise TypeError(
-            f"method must be a Method, got {method!r}; give what a builder returns, such as hpo.genetic(space)"
-        )
+    endless(
+        method,
+        "hpo.genetic(space)",
+        "which cannot migrate; give a black-box method, such as hpo.genetic(space), and train in its objective with "
+        "hpo.unroll",
+        "and learns from no neighbour; give one that goes on, such as hpo.genetic(space)",
+    )
     n, every = whole("n", n, 1), whole("every", every, 1, "a large number is never to migrate")
-    if method.slots:
-        raise ValueError(
-            f"method '{method.name}' keeps slots={method.slots} training states, which cannot migrate; give a black-box"
-            " method, such as hpo.genetic(space), and train in its objective with hpo.unroll"
-        )
-    if method.rounds is not None:
-        raise ValueError(
-            f"method '{method.name}' ends by itself, after rounds={method.rounds} asks, and learns from no neighbour; "
-            "give one that goes on, such as hpo.genetic(space)"
-        )
     parts = (bare(method.init), method.ask, method.tell, method.reserve)
     init, ask, tell, reserve = _functions(method.space, n, every, method.batch, method.uses_gradients, parts)
     settings = {"method": method.settings}
