@@ -14,7 +14,8 @@ from jaxhpo.flax import flax_trainable, select_optimizer
 from jaxhpo.minimize import minimize
 from jaxhpo.modules import MLP
 from jaxhpo.parameters import Categorical, Float, Int, OneOf
-from jaxhpo.result import Result, optional, show
+from jaxhpo.records import show
+from jaxhpo.result import Result, optional
 from jaxhpo.space import Space
 
 PyTree = Any

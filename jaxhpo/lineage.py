@@ -18,7 +18,8 @@ from rich.text import Text
 from jaxhpo.device import hoist
 from jaxhpo.digest import canonical
 from jaxhpo.lanes import raw_of
-from jaxhpo.result import Records, TrialTable, take, texts
+from jaxhpo.records import Records, take, texts
+from jaxhpo.result import TrialTable
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.trainable import Trainable, unjitted
 

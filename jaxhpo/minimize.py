@@ -22,7 +22,8 @@ from jaxhpo.method import Method
 from jaxhpo.problem import check, check_call
 from jaxhpo.processes import Alone, Together, processes_of
 from jaxhpo.progress import Bar, Report, share
-from jaxhpo.result import Records, Result
+from jaxhpo.records import Records
+from jaxhpo.result import Result
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.study import Initial, Trace, read_initial
 from jaxhpo.trainable import Trainable, repeated

@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxhpo import scales
 from jaxhpo.parameters import Int
-from jaxhpo.result import Column, Records, Result, columns, optional, show, take
+from jaxhpo.records import Column, Records, columns, show, take
+from jaxhpo.result import Result, optional
 from jaxhpo.scales import BAD, FAILED, FAINT, GOOD, INK, PAPER, STYLE, WINNER
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxhpo import plots, scales
-from jaxhpo.result import Result, columns, optional, show, take
+from jaxhpo.records import columns, show, take
+from jaxhpo.result import Result, optional
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

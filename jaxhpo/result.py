@@ -4,9 +4,8 @@ import collections
 import dataclasses
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -14,8 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from jaxhpo.codec import Leaf
-from jaxhpo.parameters import Categorical, Int, OneOf, Ordinal, Parameter
+from jaxhpo.parameters import Int
+from jaxhpo.records import Column, Records, columns, take, texts
 from jaxhpo.space import Space
 
 if TYPE_CHECKING:
@@ -34,148 +33,6 @@ def optional(module: str, purpose: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         raise ImportError(f"{purpose} needs {package}; install it with: pip install 'jaxhpo[plot]'") from error
-
-
-class Records(NamedTuple):
-    """Every evaluation of a study, one row each, in the order told.
-
-    A trial that trains in several stretches has a row for each. Results that the user brought along come first, in
-    round -1, with ids below 0.
-    """
-
-    round: np.ndarray
-    """i32[n]: the ask that it belongs to"""
-    id: np.ndarray
-    """i32[n]: the trial"""
-    unit: np.ndarray
-    """float[n, dims] in [0, 1]: the trial as a point of the unit cube"""
-    hparams: PyTree
-    """shaped like the space, arrays [n, ...]; constants are `None`"""
-    steps: np.ndarray
-    """i32[n]: training steps reached; 0 where trials carry none"""
-    loss: np.ndarray
-    """float[n]: lower is better; NaN and the infinities are failures"""
-    parent: np.ndarray | None = None
-    """i32[n]: the trial whose training state was continued, its own where it went on, -1 where it started afresh;
-    `None` where that is not known"""
-    gradient_norm: np.ndarray | None = None
-    """float[n]: length of the gradient by the unit cube, and by the weights of relaxed choices; NaN where there is none
-    and inf where it is not finite, `None` where none is known"""
-    soft: np.ndarray | None = None
-    """bool[n]: losses at soft weights of a relaxed choice, which are those of no choice; `None` where there are none"""
-
-    @property
-    def counts(self) -> np.ndarray:
-        """bool[n]: which rows can be the best: their loss is finite, and that of what is written there."""
-        return ~self.failed if self.soft is None else ~self.failed & ~self.soft
-
-    @property
-    def size(self) -> int:
-        """How many trials ran."""
-        return len(np.unique(self.id[self.id >= 0]))
-
-    @property
-    def failed(self) -> np.ndarray:
-        """bool[n]: which rows have no finite loss."""
-        return ~np.isfinite(self.loss)
-
-    def best(self, n: int | None = None) -> np.ndarray:
-        """The row with the lowest loss of each trial that has a finite one, best trial first; the `n` best of them.
-
-        Ties go to the earlier row, as in the choice of the best training state.
-
-        Returns:
-          i64[m], rows.
-        """
-        order = np.argsort(np.where(self.counts, self.loss, np.inf), kind="stable")
-        order = order[: np.count_nonzero(self.counts)]
-        _, first = np.unique(self.id[order], return_index=True)
-        return order[np.sort(first)][:n]
-
-    def dead(self) -> np.ndarray:
-        """The last row of each trial that has no finite loss: i64[m], by id."""
-        ids = np.setdiff1d(self.id, self.id[~self.failed])
-        rows = np.flatnonzero(np.isin(self.id, ids))[::-1]
-        return rows[np.unique(self.id[rows], return_index=True)[1]]
-
-
-class Column(NamedTuple):
-    """One dim of the space over the rows of some records."""
-
-    name: str
-    """path of the dim, such as "optimizer.sgd.momentum" """
-    parameter: Parameter
-    options: tuple | None
-    """what the parameter chooses from, `None` where it is a number"""
-    values: np.ndarray
-    """[n]: numbers, or the index of the option"""
-    live: np.ndarray
-    """bool[n]: False where the branch that it belongs to is not chosen"""
-
-    def native(self) -> np.ndarray:
-        """[n]: Python values, options themselves; None or NaN where the dim is not live."""
-        if self.options is not None:
-            table = np.empty(len(self.options) + 1, object)
-            for i, option in enumerate(self.options):
-                table[i] = option
-            return table[np.where(self.live, self.values, len(self.options))]
-        if isinstance(self.parameter, Int):
-            values = self.values.astype(object)
-            values[~self.live] = None
-            return values
-        return np.where(self.live, self.values, np.nan)
-
-
-def _options(parameter: Parameter) -> tuple | None:
-    if isinstance(parameter, OneOf):
-        return tuple(parameter.branches)
-    return tuple(parameter.options) if isinstance(parameter, Categorical | Ordinal) else None
-
-
-def _values(leaf: Leaf, array: np.ndarray) -> np.ndarray:
-    """Numbers or indices of options, from what the leaf decodes to: [n, size]."""
-    if leaf.kind == "relaxed":
-        return np.argmax(array, axis=-1)[:, None]
-    if leaf.kind in ("float", "int", "bool"):
-        options = leaf.parameter.options
-        seen, position = np.unique(array, return_inverse=True)
-        natives = [leaf.parameter.native(value) for value in seen]
-        levels = [next(i for i, option in enumerate(options) if option is native) for native in natives]
-        return np.array(levels, int)[position][:, None]
-    return array.reshape(len(array), leaf.size).astype(float if leaf.kind == "real" else np.int64)
-
-
-def columns(space: Space, hparams: PyTree) -> list[Column]:
-    """The hyperparameters of many trials, dim by dim.
-
-    Args:
-      space: the space that they are from.
-      hparams: shaped like the space, arrays [n, ...]; constants are `None`.
-
-    Returns:
-      One column for each of `space.names`.
-    """
-    dims: list[Column] = []
-    for leaf, array in zip(space.leaves, space.flatten(hparams), strict=True):
-        values = _values(leaf, np.asarray(array))
-        live = np.ones(len(values), bool)
-        if leaf.parent >= 0:
-            parent = dims[leaf.parent]
-            live = parent.live & (parent.values == leaf.branch)
-        options = _options(leaf.parameter)
-        for i in range(leaf.size):
-            dims.append(Column(space.names[leaf.start + i], leaf.parameter, options, values[:, i], live))
-    return dims
-
-
-def take(hparams: PyTree, rows: np.ndarray) -> PyTree:
-    """Some rows of `hparams`."""
-    return jax.tree.map(lambda x: np.asarray(x)[rows], hparams)
-
-
-def show(value: Any) -> str:
-    """A hyperparameter as short text."""
-    return f"{value:.4g}" if isinstance(value, float) else str(getattr(value, "__name__", value))
 
 
 class TrialTable(Table):
@@ -412,29 +269,6 @@ class Result:
         from jaxhpo.report import report
 
         return report(self, path, title=title, facts=facts)
-
-
-def texts(space: Space, hparams: PyTree) -> dict[str, list[str]]:
-    """The hyperparameters of some trials by name, those of a branch in brackets behind its choice."""
-    owner = {leaf.start + i: leaf for leaf in space.leaves for i in range(leaf.size)}
-    found: dict[str, list[str]] = {}
-    inside: dict[str, list[list[str]]] = {}
-    for dim, column in enumerate(columns(space, hparams)):
-        root = owner[dim]
-        while root.parent >= 0:
-            root = owner[root.parent]
-        shown = [show(value) for value in column.native().tolist()]
-        if root is owner[dim]:
-            found[column.name] = shown
-            inside[root.path] = [[] for _ in shown]
-            continue
-        label = column.name.rpartition(".")[2]
-        for notes, text, live in zip(inside[root.path], shown, column.live, strict=True):
-            notes += [f"{label}={text}"] * bool(live)
-    for name, branches in inside.items():
-        if any(branches):
-            found[name] = [f"{t} ({', '.join(b)})" if b else t for t, b in zip(found[name], branches, strict=True)]
-    return found
 
 
 def _series(pandas: Any, column: Column) -> Any:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxhpo.parameters import Int
-from jaxhpo.result import Column, show
+from jaxhpo.records import Column, show
 
 INK, FAINT, PAPER = "#2b303b", "#c8cdd5", "#fefefe"  # no other artist has these colours: a report replaces them
 GOOD, BAD = "#2375d6", "#9aa3af"

@@ -9,10 +9,12 @@ import pytest
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 import jaxhpo as hpo
 from jaxhpo import plots, scales
-from jaxhpo.result import Records, Result
+from jaxhpo.records import Records
+from jaxhpo.result import Result
 
 SPACE = {
     "lr": hpo.Float(1e-5, 1e-1, log=True),
@@ -244,7 +246,9 @@ def test_nothing_to_show():
 def test_names_are_not_mathematics():
     result = study([1.0, 2.0], {"$\\frac$": hpo.Float(0, 1), "k": hpo.Categorical(("$x^$", "$y$"))})
     for kind in plots.sensible(result):
-        draw(result.plot(kind))
+        shown = [text for text in draw(result.plot(kind)).findobj(Text) if "$" in text.get_text()]
+        assert not any(text.get_parse_math() for text in shown)
+        assert kind == "best_so_far" or {"$\\frac$", "$x^$"} <= {text.get_text() for text in shown}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxhpo as hpo
-from jaxhpo.result import Records, Result
+from jaxhpo.records import Records
+from jaxhpo.result import Result
 
 pytestmark = pytest.mark.smoke
 
