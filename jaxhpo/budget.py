@@ -14,7 +14,7 @@ from jaxhpo.space import working_dtype
 from jaxhpo.study import Initial, Trace
 
 UNLIMITED = 2**31 - 1
-MOST_ROWS, OPEN_ROWS = 2**20, 8192
+MOST_ROWS, OPEN_ROWS, OPEN_GROWTH = 2**20, 8192, 8
 
 
 class Budget(NamedTuple):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxhpo.budget import OPEN_ROWS, Budget, Limits, Meter, Tally, begin, capacity, limits, proceed
+from jaxhpo.budget import OPEN_GROWTH, OPEN_ROWS, Budget, Limits, Meter, Tally, begin, capacity, limits, proceed
 from jaxhpo.digest import canonical
 from jaxhpo.lanes import Bank, Incumbent, over_devices
 from jaxhpo.method import Method, bare
@@ -177,7 +177,7 @@ class Device:
     def advance(self, tally: Tally, seconds_left: float) -> tuple[Trace, Tally]:
         """Runs some rounds: the trace of them, arrays of NumPy with leading axis rounds, and the tally after them."""
         while self.open and (tally.rounds + self.most) * self.method.batch + self.known > self.room:
-            self.room *= 8
+            self.room *= OPEN_GROWTH
             self._reserve()
         program = self._compiled()
         most = self.processes.agree(max(1, min(int(self.pace), self.most)))
