@@ -143,7 +143,10 @@ class Meter(NamedTuple):
         # Saturates: a chunk may run more steps than an i32 counts.
         more = jnp.sum(jnp.where(active, trace.trials.steps, 0), dtype=jnp.int32)
         steps = jnp.where(self.steps > UNLIMITED - more, UNLIMITED, self.steps + more)
-        improved = jnp.where(best < self.best, trials, self.improved)
+        is_better = best < self.best
+        # Trials at soft weights cannot be better, so they are not what a study is impatient about.
+        is_better |= False if trace.soft is None else ~counts.any()
+        improved = jnp.where(is_better, trials, self.improved)
         return Meter(self.rounds + 1, trials, steps, jnp.minimum(self.best, best), improved)
 
     def within(self, limits: Limits) -> jax.Array:

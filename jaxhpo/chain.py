@@ -66,9 +66,17 @@ def relaxed(space: Space, tree: PyTree) -> jax.Array:
 
 def norms(space: Space, unit: jax.Array, gradients: PyTree) -> jax.Array:
     """Lengths of gradients by the unit cube and the weights of relaxed choices: float[batch], inf where not finite."""
-    slopes = by_unit(space, unit, gradients)
+    slopes = jnp.where(space.active(unit), by_unit(space, unit, gradients), 0)
     if any(leaf.kind == "relaxed" for leaf in space.leaves):
-        slopes = jnp.concatenate([slopes, relaxed(space, gradients).astype(slopes.dtype)], axis=-1)
+        chosen = [leaf for leaf in space.leaves if leaf.kind == "relaxed"]
+        live = jnp.repeat(
+            space.active(unit)[..., np.array([leaf.start for leaf in chosen])],
+            np.array([leaf.parameter.levels for leaf in chosen]),
+            axis=-1,
+            total_repeat_length=sum(leaf.parameter.levels for leaf in chosen),
+        )
+        weights = jnp.where(live, relaxed(space, gradients), 0).astype(slopes.dtype)
+        slopes = jnp.concatenate([slopes, weights], axis=-1)
     # Scaled, since the square of a slope of 1e20 is no float32.
     most = jnp.max(jnp.abs(slopes), axis=-1, initial=0)
     scale = jnp.where(most > 0, most, 1)

@@ -285,10 +285,11 @@ class _Shell:
 
 def _warn_of_gradients(records: Records) -> None:
     """Warns of gradients that are of no use although the losses are."""
-    norms, losses = records.gradient_norm, records.loss[~records.failed]
-    if norms is None or not np.isfinite(norms).any() and not np.isinf(norms).any():
+    if records.gradient_norm is None:
         return
-    norms = norms[~records.failed]
+    norms, losses = records.gradient_norm[~records.failed], records.loss[~records.failed]
+    if np.isnan(norms).all():
+        return
     lost = int(np.isinf(norms).sum())
     if lost:
         warnings.warn(

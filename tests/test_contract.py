@@ -6,16 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import CASES, NAMES, SPACES, assert_same, check_asks, compiles, floats, loss_of, play, rig, start
+from contract import NAMES, SPACES, assert_same, build, check_asks, compiles, floats, loss_of, play, rig, start
 
 from jaxhpo.method import axes, bare
 
 ROUNDS = range(4)
 every_method = pytest.mark.parametrize("name", NAMES)
-
-
-def build(name, tree):
-    return next(case for case in CASES if case.name == name).build(tree)
 
 
 def rename_constant(tree, value):

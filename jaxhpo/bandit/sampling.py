@@ -192,7 +192,7 @@ def one(inner: Inner, planned: bool) -> Sampling:
     def ask(
         key: jax.Array, state: PyTree, fresh: jax.Array, level: jax.Array, training: Training
     ) -> tuple[jax.Array, PyTree, PyTree]:
-        del level, training
+        del level
 
         def draw(state: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
             trials, after = inner.ask(key, state)
@@ -204,7 +204,8 @@ def one(inner: Inner, planned: bool) -> Sampling:
         if planned:
             unit, aux, state = lax.cond(fresh.any(), draw, rest, state)
         else:
-            unit, aux, state = inner.drawn(key, state, fresh.sum(), fresh.shape[0])
+            pending = Waiting(training.unit, training.active, training.aux)
+            unit, aux, state = inner.drawn(key, state, fresh.sum(dtype=jnp.int32), fresh.shape[0], pending)
         turn = jnp.cumsum(fresh) - 1
         return *jax.tree.map(lambda x: x[turn], (unit, aux)), state
 

@@ -81,7 +81,7 @@ class Row(NamedTuple):
 
 def temperatures(settings: Settings, age: jax.Array) -> jax.Array:
     """The temperature of relaxed choices after some steps: float[n], 0 where they are one option."""
-    part = age.astype(settings.anneal.dtype) / jnp.maximum(settings.anneal, 1)
+    part = age.astype(settings.anneal.dtype) / jnp.maximum(settings.anneal - 1, 1)
     cooled = settings.temperature * (settings.final_temperature / settings.temperature) ** part
     return jnp.where(age < settings.anneal, cooled, 0)
 
@@ -172,23 +172,26 @@ def _functions(space: Space, starts: int, parts: Parts) -> tuple[Callable, Calla
         row: Row = trials.aux
         losses = losses.astype(state.best.dtype)
         mine = jnp.clip(row.start, 0, starts - 1)
-        is_now = trials.active & (row.life == state.life[mine]) & (row.age == state.age[mine])
-        which, has_row = best_rows(mine, ranked(losses), is_now, starts)
+        is_now = (row.life == state.life[mine]) & (row.age == state.age[mine])
+        # What was told may be of another point: a result that was known, came late, or is that of another island.
+        is_there = ~at.is_at(c, state.point[mine], trials.unit)
+        soft = space.soft(trials.hparams) if anneals else None
+        is_soft = jnp.zeros_like(is_there) if soft is None else soft
+        # A loss of soft weights is that of no choice.
+        is_better = is_there & ~is_soft & (ranked(losses) < state.best[mine])
+        which, has_row = best_rows(mine, ranked(losses), trials.active & (is_better | (is_now & ~is_there)), starts)
         unit, loss, slope = jax.tree.map(lambda x: x[which], (trials.unit, losses, gradients))
-        # What was told may be of another point: a result that was known, or that somebody wanted to be tried.
-        is_here = at.is_at(c, state.point, unit)
-        is_news = has_row & ~is_here & (ranked(loss) < state.best)
+        is_news = has_row & is_better[which]
         there = jnp.where(is_news[:, None], unit, 0.5)
         point = where_rows(is_news, at.vector(c, there), state.point)
         optimizer = where_rows(is_news, begin(point), state.optimizer)
         age = jnp.where(is_news, 0, state.age)
-        takes, is_failed = is_news | (has_row & is_here), failed(loss)
-        # A known result is of one option, a trial of this method's own of soft weights as long as it anneals.
-        is_soft = (age < state.settings.anneal) & is_here if anneals else jnp.zeros(starts, bool)
-        best = jnp.where(takes & ~is_soft, jnp.where(is_news, loss, jnp.minimum(state.best, ranked(loss))), state.best)
+        life = state.life + is_news
+        takes, is_failed = has_row, failed(loss)
+        best = jnp.where(takes & ~is_soft[which], jnp.minimum(state.best, ranked(loss)), state.best)
         if gradients is None:
             renewed = state.renewed | (takes & is_failed)
-            return state._replace(point=point, optimizer=optimizer, best=best, age=age, renewed=renewed)
+            return state._replace(point=point, optimizer=optimizer, best=best, age=age, life=life, renewed=renewed)
         heat = temperatures(state.settings, age) if anneals else None
         slope = at.slopes(c, point, at.unit_of(c, point), heat, slope)
         is_failed |= ~jnp.isfinite(slope).all(axis=1)
@@ -201,6 +204,7 @@ def _functions(space: Space, starts: int, parts: Parts) -> tuple[Callable, Calla
             optimizer=where_rows(steps_on, after, optimizer),
             best=best,
             age=age + steps_on,
+            life=life,
             renewed=state.renewed | (takes & ~steps_on),
         )
 

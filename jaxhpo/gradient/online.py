@@ -36,7 +36,9 @@ def _coordinates(space: Space | None, hparams: PyTree) -> tuple[jax.Array, Calla
             )
         flat, unravel = ravel_pytree(floats.values)
         return flat, lambda at: floats.rebuild(unravel(at))
-    unit = jnp.clip(space.encode(hparams), EDGE, 1 - EDGE)
+    unit = space.encode(hparams)
+    # A bound has a slope too.
+    unit += jax.lax.stop_gradient(jnp.clip(unit, EDGE, 1 - EDGE) - unit)
     given = space.flatten(hparams)
 
     def place(at: jax.Array) -> PyTree:

@@ -107,7 +107,8 @@ def look_back(objective: Unrolled, key: jax.Array, hparams: PyTree) -> NonFinite
 
     @jax.jit
     def run(key: jax.Array, values: list) -> jax.Array:
-        hparams = split_floats(given).rebuild(values)
+        hparams_of = split_floats(given).rebuild
+        hparams = hparams_of(values)
 
         def forward(state: PyTree, reached: jax.Array) -> tuple[PyTree, PyTree]:
             return trainable.step(jax.random.fold_in(key, reached), state, hparams), state
@@ -116,23 +117,32 @@ def look_back(objective: Unrolled, key: jax.Array, hparams: PyTree) -> NonFinite
             (cotangents, seen), (reached, state) = carry, step
             floats, state_of = split_floats(state)
 
-            def after(floats: list) -> list:
-                moved = trainable.step(jax.random.fold_in(key, reached), state_of(floats), hparams)
+            def after(floats: list, values: list) -> list:
+                moved = trainable.step(jax.random.fold_in(key, reached), state_of(floats), hparams_of(values))
                 return split_floats(moved).values
 
-            (cotangents,) = jax.vjp(after, floats)[1](cotangents)
-            return (cotangents, _look(seen, cotangents, reached)), None
+            cotangents, slopes = jax.vjp(after, floats, values)[1](cotangents)
+            return (cotangents, _look(seen, cotangents + slopes, reached)), None
+
+        def before(values: list) -> list:
+            return split_floats(jax.tree.map(jnp.asarray, begin(trainable, key, hparams_of(values)))).values
 
         first = jax.tree.map(jnp.asarray, begin(trainable, key, hparams))
         reached = jnp.arange(1, steps + 1)
         last, states = jax.lax.scan(forward, first, reached)
         floats, state_of = split_floats(last)
-        cotangents = jax.grad(lambda x: trainable.evaluate(state_of(x), hparams))(floats)
-        seen = _look(jnp.full(len(floats), NEVER), cotangents, steps + 1)
-        return jax.lax.scan(backward, (cotangents, seen), (reached, states), reverse=True)[0][1]
+        loss = lambda x, values: trainable.evaluate(state_of(x), hparams_of(values))  # noqa: E731
+        cotangents, slopes = jax.grad(loss, (0, 1))(floats, values)
+        seen = _look(jnp.full(len(floats) + len(values), NEVER), cotangents + slopes, steps + 1)
+        (cotangents, seen), _ = jax.lax.scan(backward, (cotangents, seen), (reached, states), reverse=True)
+        slopes = jax.vjp(before, values)[1](cotangents)[0]
+        return _look(seen, [jnp.zeros(())] * len(floats) + slopes, 0)
 
     given = hparams
-    return _first(run(key, split_floats(hparams).values), _names(trainable, key, hparams), "cotangent", backward=True)
+    leaves = jax.tree_util.tree_flatten_with_path(hparams)[0]
+    real = [path for path, x in leaves if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)]
+    names = _names(trainable, key, hparams)[:-1] + [f"hparams{jax.tree_util.keystr(path)}" for path in real]
+    return _first(run(key, split_floats(hparams).values), names, "cotangent", backward=True)
 
 
 def find_nonfinite(objective: Unrolled, hparams: PyTree, *, key: jax.Array | None = None) -> NonFinite | None:

@@ -152,7 +152,9 @@ def _functions(
             aux=rows.aux,
         )
         trials = black_box(space, unit, asks * batch, aux=row)
-        trials = trials._replace(hparams=at.differentiable(c, trials.hparams))
+        own = jnp.zeros(batch, bool).at[:number].set(descends)
+        asked = (at.differentiable(c, hparams) for hparams in (trials.hparams, rows.hparams))
+        trials = trials._replace(hparams=where_rows(own, *asked))
         return trials, state._replace(method=inner, asks=Count(asks + 1))
 
     def advance(
@@ -201,6 +203,8 @@ def _functions(
         leaders, is_step = descend(state, trials, losses, gradients)
         # All other results can be where a descent begins, those that nobody has asked for, too.
         is_new = trials.active & ~is_step & ~failed(losses)
+        soft = space.soft(trials.hparams)
+        is_new = is_new if soft is None else is_new & ~soft
         unit, loss = jnp.where(is_new[:, None], trials.unit, 0.5), jnp.where(is_new, losses, 0)
         first = at.vector(c, unit)
         point, states, fine = advance(first, begin(first), at.unit_of(c, first), loss, gradients)

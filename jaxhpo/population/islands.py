@@ -123,9 +123,10 @@ def _functions(
             return inner_ask(key, state, pending._replace(active=mine, aux=pending.aux.aux))
 
         rows, states = jax.vmap(ask_one, (0, along, 0), (0, along))(keys, state.states, islands)
-        unit, aux = jax.tree.map(lambda x: x.reshape(n * batch, *x.shape[2:]), (rows.unit, rows.aux))
-        trials = black_box(space, unit, asks * (n * batch), aux=Row(jnp.repeat(islands, batch), aux))
-        return trials, state._replace(states=states, asks=Count(asks + 1))
+        rows = jax.tree.map(lambda x: x.reshape(n * batch, *x.shape[2:]), rows)
+        trials = black_box(space, rows.unit, asks * (n * batch), aux=Row(jnp.repeat(islands, batch), rows.aux))
+        # A method that descends gives its integers as floats and its choices as weights.
+        return trials._replace(hparams=rows.hparams), state._replace(states=states, asks=Count(asks + 1))
 
     def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
         row: Row = trials.aux

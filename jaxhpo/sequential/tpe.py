@@ -232,9 +232,10 @@ def begin(
 ) -> jax.Array:
     """The points of the design that are not tried yet, and others instead of those that are: float[batch, dims]."""
     batch, every = design.shape[0], everything(space, ENUMERATED)
-    others = every if every is not None else space.sample(key, UNTRIED + batch)
+    key_unit, key_order = jax.random.split(key)
+    others = every if every is not None else space.sample(key_unit, UNTRIED + batch)
     unit = snapped(space, jnp.concatenate([design, others]))
-    first = FIRST * jnp.concatenate([batch - jnp.arange(batch), uniform(bits(key, (others.shape[0],)))])
+    first = FIRST * jnp.concatenate([batch - jnp.arange(batch), uniform(bits(key_order, (others.shape[0],)))])
     tried = Bad(*(jnp.concatenate(x) for x in ((waiting, told.unit), (is_waiting, told.mask), (is_waiting, told.mask))))
     repeated = repeats(space, unit, tried, waiting.shape[0] + records.held(told))
     pool = Pool(unit, first[:, None], jnp.zeros((unit.shape[0], 1), unit.dtype), jnp.ones((1, 1), bool), repeated)

@@ -174,3 +174,16 @@ def test_bad_arguments(call, words):
 def test_an_open_end_needs_a_budget():
     with pytest.raises(ValueError, match="'asha' does not end by itself; give a budget, such as steps="):
         hpo.minimize(RACE, hpo.asha(SPACE, max_steps=9, batch=4), key=jax.random.key(0))
+
+
+def test_a_model_knows_the_rows_of_its_own_ask_and_those_that_train():
+    space = hpo.Space({"a": hpo.Int(0, 7), "b": hpo.Int(0, 7)})
+    method = hpo.asha(space, max_steps=9, batch=14, sampler=hpo.tpe)
+    ask, tell = jax.jit(method.ask), jax.jit(method.tell)
+    state, tried = method.init(jax.random.key(0)), []
+    for now in range(4):
+        trials, state = ask(jax.random.key(now), state)
+        fresh = trials.active & (trials.source < 0)
+        tried += [tuple(level) for level in space.level(trials.unit)[fresh].tolist()]
+        state = tell(state, trials, trials.unit.sum(1))
+    assert len(tried) > 30 and len(set(tried)) == len(tried)

@@ -92,6 +92,17 @@ def test_a_value_that_is_not_finite_is_named_by_its_step():
     assert hpo.find_nonfinite(hpo.unroll(start, 4), {"x": 0.0}) == (0, "train_state", "value")
 
 
+def test_a_slope_of_a_hyperparameter_that_is_not_finite_is_named_by_its_step():
+    root = lambda a: jnp.where(a < 1, a, jnp.sqrt(a - 1))  # noqa: E731
+    at = {"a": 0.5}
+    step = hpo.Trainable(lambda key, h: jnp.ones(()), lambda key, x, h: x * 0.9 + root(h["a"]), lambda x, h: x)
+    assert hpo.find_nonfinite(hpo.unroll(step, 3), at) == (3, "hparams['a']", "cotangent")
+    first = hpo.Trainable(lambda key, h: root(h["a"]), lambda key, x, h: x, lambda x, h: x)
+    assert hpo.find_nonfinite(hpo.unroll(first, 3), at) == (0, "hparams['a']", "cotangent")
+    last = hpo.Trainable(lambda key, h: jnp.ones(()), lambda key, x, h: x, lambda x, h: x + root(h["a"]))
+    assert hpo.find_nonfinite(hpo.unroll(last, 3), at) == (4, "hparams['a']", "cotangent")
+
+
 def test_a_cotangent_that_is_not_finite_is_named_by_its_step():
     # x = 0, 1, 2, ...: from 6 on, the branch that is not taken has the derivative of a root of a negative number.
     hidden = descent(lambda x, h: jnp.where(x < 6.5, x + h["lr"], x + jnp.where(x > 90, jnp.sqrt(x - 90), h["lr"])))

@@ -263,6 +263,52 @@ def test_rows_told_twice_late_or_never_move_nothing_twice(line):
     jax.tree.map(np.testing.assert_array_equal, once, twice)
 
 
+def test_a_better_result_from_elsewhere_is_where_a_start_goes_on_whenever_it_comes(line):
+    init, ask, tell = line
+    first, state = ask(KEY, init(KEY))
+    once = tell(state, first, jnp.full(8, 5.0), slopes(first))
+    elsewhere = first._replace(unit=first.unit.at[0].set(0.9), active=jnp.arange(8) == 0)
+    state = tell(once, elsewhere, jnp.full(8, -100.0), slopes(first))
+    assert state.best[0] == -100 and (state.best[1:] == 5).all()
+    np.testing.assert_array_equal(state.point[1:], once.point[1:])
+    pending, _ = ask(jax.random.key(1), once)
+    after = tell(state, pending, jnp.full(8, 4.0), slopes(pending))
+    np.testing.assert_array_equal(after.point[0], state.point[0], "what it had asked before is not its step any more")
+
+
+def test_islands_that_descend_move_integers_and_choices():
+    space = {"n": hpo.Int(0, 100), "op": hpo.Categorical(("a", "b", "c"), relaxed=True)}
+    method = hpo.islands(hpo.gradient(space, ADAM, starts=2, anneal=10), 2, every=3)
+
+    def objective(key, h):
+        return ((h["n"] - 40) / 50) ** 2 + h["op"] @ jnp.array([0.5, 0.2, 0.9])
+
+    result = minimize(objective, method, trials=4 * 40)
+    weights = result.trials.hparams["op"].reshape(40, 4, 3)
+    assert (weights[:3].max(-1) < 0.9).all(), "soft weights reach the objective"
+    assert result.best_hparams["op"] == "b" and abs(result.best_hparams["n"] - 40) < 5
+
+
+def test_patience_does_not_count_soft_weights():
+    method = hpo.gradient(RELAXED, ADAM, starts=2, anneal=20)
+    result = minimize(lambda key, h: h["op"] @ jnp.arange(3.0) + h["x"] ** 2, method, trials=100, patience=10)
+    assert np.isfinite(result.best_loss) and len(result.trials.id) > 40
+
+
+def test_a_branch_that_is_not_chosen_breaks_no_gradient():
+    space = {"o": hpo.OneOf(p={"m": hpo.Float(0.0, 1.0)}, q={"z": hpo.Float(0.0, 1.0)})}
+
+    def objective(key, h):
+        z = h["o"]["q"]["z"]
+        return jnp.where(h["o"]["choice"] == 0, (h["o"]["p"]["m"] - 0.5) ** 2, 1 + jnp.sqrt(z - z))
+
+    method = hpo.gradient(space, ADAM, starts=2, patience=50)
+    with pytest.warns(UserWarning, match="had a finite loss but a gradient that is NaN"):
+        result = minimize(objective, method, trials=20)
+    choice = result.trials.hparams["o"]["choice"]
+    assert np.isfinite(result.gradient_norms[choice == 0]).all() and np.isinf(result.gradient_norms[choice == 1]).all()
+
+
 def test_ten_thousand_dims():
     n = 10_000
     target = np.linspace(0.1, 0.9, n, dtype=np.float32)

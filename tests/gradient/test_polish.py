@@ -52,6 +52,10 @@ def test_a_descent_goes_on_ends_without_progress_and_survives_rows_that_come_twi
     once = tell(state, second, losses, gradients)
     assert np.isin(np.asarray(second.aux.token[:3]), once.leaders.token).any()
     again = tell(once, second, losses, gradients)
+    where = dict(zip(np.asarray(once.leaders.token).tolist(), np.asarray(once.leaders.point), strict=True))
+    for token, point in zip(np.asarray(again.leaders.token).tolist(), np.asarray(again.leaders.point), strict=True):
+        if token in where:
+            np.testing.assert_array_equal(point, where[token], "no step is taken twice")
     assert set(np.asarray(again.leaders.token).tolist()) & set(np.asarray(second.aux.token[:3]).tolist()), "still known"
     tokens = set()
     state = once

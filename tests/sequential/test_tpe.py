@@ -9,7 +9,8 @@ import pytest
 
 import jaxhpo as hpo
 from jaxhpo import history as records
-from jaxhpo.sequential.surrogate.parzen import features, log_density
+from jaxhpo.sequential import tpe
+from jaxhpo.sequential.surrogate.parzen import features, log_densities, log_density
 from jaxhpo.sequential.surrogate.split import (
     MOST_GOOD,
     Rules,
@@ -309,3 +310,40 @@ def test_beats_random_search():
 def test_arguments_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         hpo.tpe(REAL, **changes)
+
+
+def test_what_stands_in_for_the_design_is_uniform():
+    method = hpo.tpe({"a": hpo.Int(0, 999)}, startup=8, batch=4)
+    init, ask = jax.jit(method.init), jax.jit(method.ask)
+
+    def stand_ins(key):
+        first, _ = ask(key, init(key))
+        return ask(key, init(key), first)[0].unit
+
+    unit = np.concatenate([stand_ins(jax.random.key(i)) for i in range(30)])
+    assert abs(unit.mean() - 0.5) < 4 * 0.29 / np.sqrt(unit.size)
+
+
+@pytest.mark.parametrize("multivariate", [True, False])
+def test_blocks_add_up_to_the_whole(multivariate, monkeypatch):
+    space, rng = hpo.Space({"x": hpo.Float(0.0, 1.0), "k": hpo.Int(0, 3)}), np.random.default_rng(0)
+    unit = rng.random((200, 2)).astype(np.float32)
+    told = records.append(
+        records.empty(2, 256), jnp.asarray(unit), jnp.asarray(unit.sum(1)), jnp.asarray(rng.random(200) < 0.8)
+    )
+    rules, numbers = Rules(**{**DEFAULT, "multivariate": multivariate}), hpo.tpe(space).settings
+    waiting = jnp.asarray(rng.random((3, 2)), jnp.float32), jnp.array([True, False, True])
+    best = best_of(space, rules, numbers, told)
+    bad, good = bad_of(told, best, *waiting, rules.weighting), good_mixture(space, rules, numbers, best)
+    point = jnp.asarray(rng.random((5, 2)), jnp.float32)
+    live = jnp.ones((5, 2), bool)
+    mixture = bad_mixture(space, rules, numbers, bad, *bad_spread(space, rules, bad))
+    density = log_density if multivariate else log_densities
+    expected = density(space, features(space, point, live), mixture)
+    for block in (32, 256):
+        monkeypatch.setattr(tpe, "BLOCK", block)
+        pool, width, total = tpe.in_pool(space, rules, numbers, point, good, bad, 3 + records.held(told))
+        found = pool.bad if multivariate else jnp.sort(pool.bad, 0)
+        np.testing.assert_allclose(found, expected if multivariate else jnp.sort(expected, 0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(width, mixture.bandwidth[np.asarray(bad.mask)].min(0, keepdims=True), rtol=1e-6)
+        np.testing.assert_allclose(total, bad.weight.sum() + 1, rtol=1e-6)
