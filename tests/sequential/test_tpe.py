@@ -9,7 +9,6 @@ import pytest
 
 import jaxhpo as hpo
 from jaxhpo import history as records
-from jaxhpo.sequential import tpe
 from jaxhpo.sequential.surrogate.parzen import features, log_densities, log_density
 from jaxhpo.sequential.surrogate.split import (
     MOST_GOOD,
@@ -23,7 +22,7 @@ from jaxhpo.sequential.surrogate.split import (
     good_weights,
     number_of_good,
 )
-from jaxhpo.sequential.tpe import ENUMERATED, propose
+from jaxhpo.sequential.tpe import ENUMERATED, in_pool, propose
 from jaxhpo.untried import everything, fingerprints
 
 REAL = hpo.Space({"x": hpo.Float(0.0, 1.0), "y": hpo.Float(0.0, 1.0)})
@@ -341,8 +340,8 @@ def test_blocks_add_up_to_the_whole(multivariate, monkeypatch):
     density = log_density if multivariate else log_densities
     expected = density(space, features(space, point, live), mixture)
     for block in (32, 256):
-        monkeypatch.setattr(tpe, "BLOCK", block)
-        pool, width, total = tpe.in_pool(space, rules, numbers, point, good, bad, 3 + records.held(told))
+        monkeypatch.setitem(in_pool.__globals__, "BLOCK", block)
+        pool, width, total = in_pool(space, rules, numbers, point, good, bad, 3 + records.held(told))
         found = pool.bad if multivariate else jnp.sort(pool.bad, 0)
         np.testing.assert_allclose(found, expected if multivariate else jnp.sort(expected, 0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(width, mixture.bandwidth[np.asarray(bad.mask)].min(0, keepdims=True), rtol=1e-6)
