@@ -24,3 +24,4 @@ def test_snippets_run_as_they_stand(capsys):
     assert names["traces"].losses.shape == (512, 16, 16) and np.isfinite(names["traces"].losses).all()
     for snippet in snippets[3:]:
         exec(snippet, names)
+    assert abs(names["result"].best_hparams["l2"] - 1) < 0.02, "what descends through training comes last"
