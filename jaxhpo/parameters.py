@@ -8,14 +8,13 @@ import dataclasses
 import functools
 import math
 import numbers
-import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxhpo.scalars import number, same
+from jaxhpo.scalars import check_interval, number, same
 
 
 class Parameter:
@@ -58,21 +57,6 @@ class Parameter:
         raise NotImplementedError
 
 
-def _check_interval(low: Any, high: Any, log: Any) -> None:
-    for name, given in (("low", low), ("high", high)):
-        value = number(given)
-        if value is None or isinstance(value, bool):
-            raise TypeError(f"{name} must be a real number, got {given!r}; use Categorical for other values")
-        if not -sys.float_info.max <= value <= sys.float_info.max:
-            raise ValueError(f"{name} must be finite, got {given!r}; search the logarithm (log=True) of a wide range")
-    if not number(low) < number(high):
-        raise ValueError(f"low must be below high, got low={low!r} and high={high!r}; swap them, or use a constant")
-    if not isinstance(log, bool | np.bool_):
-        raise TypeError(f"log must be True or False, got {log!r}; name further arguments, as in step=2")
-    if log and number(low) <= 0:
-        raise ValueError(f"log=True needs low > 0, got low={low!r}; raise low or drop log=True")
-
-
 class _Interval(Parameter):
     low: float
     high: float
@@ -87,7 +71,7 @@ class _Interval(Parameter):
         return super().signature, number(self.low), number(self.high), bool(self.log)
 
     def check(self) -> None:
-        _check_interval(self.low, self.high, self.log)
+        check_interval(self.low, self.high, self.log)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +210,7 @@ class Int(Parameter):
         return super().signature, int(self.low), int(self.high), bool(self.log), int(self.step)
 
     def check(self) -> None:
-        _check_interval(self.low, self.high, self.log)
+        check_interval(self.low, self.high, self.log)
         for name, given in (("low", self.low), ("high", self.high), ("step", self.step)):
             value = number(given)
             if value is None or isinstance(value, bool) or value != value // 1:

@@ -1,6 +1,7 @@
-"""What counts as a real number, and when two values are one."""
+"""What counts as a real number, when two values are one, and what makes bounds valid."""
 
 import numbers
+import sys
 from typing import Any
 
 import jax
@@ -26,3 +27,19 @@ def same(a: Any, b: Any) -> bool:
         return a is b or bool(a == b)
     except (ValueError, TypeError):
         return False
+
+
+def check_interval(low: Any, high: Any, log: Any) -> None:
+    """Raises ValueError or TypeError when these are not the bounds of a parameter."""
+    for name, given in (("low", low), ("high", high)):
+        value = number(given)
+        if value is None or isinstance(value, bool):
+            raise TypeError(f"{name} must be a real number, got {given!r}; use Categorical for other values")
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            raise ValueError(f"{name} must be finite, got {given!r}; search the logarithm (log=True) of a wide range")
+    if not number(low) < number(high):
+        raise ValueError(f"low must be below high, got low={low!r} and high={high!r}; swap them, or use a constant")
+    if not isinstance(log, bool | np.bool_):
+        raise TypeError(f"log must be True or False, got {log!r}; name further arguments, as in step=2")
+    if log and number(low) <= 0:
+        raise ValueError(f"log=True needs low > 0, got low={low!r}; raise low or drop log=True")
