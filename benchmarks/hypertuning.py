@@ -4,7 +4,7 @@
 
 decay     an MLP of 64-64-10 on 200 of scikit-learn's digits, one weight decay for each of its 4,810 parameters, against
           the best of 200 random trials of a single one
-schedule  an MLP of 64-64-10 in 100 steps of Adam, one learning rate for each of them, against the best of 200 random
+schedule  an MLP of 64-64-10 in 60 steps of Adam, one learning rate for each of them, against the best of 200 random
           constant rates and of 100 random (peak, warm-up) pairs of a cosine, each run with 2 keys
 
 All choices are made on the validation set, at equal cost: a value-and-gradient counts its multiple of training, which
@@ -13,7 +13,9 @@ are trained again with 20 other keys, the same for all. Five splits; the interva
 """
 
 import argparse
+import functools
 import statistics
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -27,7 +29,7 @@ from sklearn.model_selection import train_test_split
 
 import jaxhpo as hpo
 
-WIDTH, TRIALS, KEYS = 64, 200, 20
+WIDTH, BATCH, TRIALS, KEYS = 64, 200, 200, 20
 DECAY = {"low": 1e-5, "high": 1.0, "log": True}
 RATE = {"low": 1e-4, "high": 0.1, "log": True}
 
@@ -87,7 +89,7 @@ def decayed(data):
     return hpo.Trainable(init, step, lambda state, h: cross_entropy(state[0], data.valid))
 
 
-def scheduled(data, batch):
+def scheduled(data):
     """Adam on minibatches; `h["lr"]` has the learning rate of every step."""
     adam = optax.scale_by_adam(eps_root=1e-8)
 
@@ -97,7 +99,7 @@ def scheduled(data, batch):
 
     def step(key, state, h):
         params, adam_state, reached = state
-        rows = jax.random.choice(key, len(data.train[1]), (batch,), replace=False)
+        rows = jax.random.choice(key, len(data.train[1]), (BATCH,), replace=False)
         slopes = jax.grad(cross_entropy)(params, jax.tree.map(lambda d: d[rows], data.train))
         updates, adam_state = adam.update(slopes, adam_state)
         params = jax.tree.map(lambda p, u: p - h["lr"][reached] * u, params, updates)
@@ -140,31 +142,42 @@ def search(objective, space, trials, seed, repeats=1):
     return hpo.minimize(objective, method, key=key, trials=trials, repeats=repeats, progress=False)
 
 
+def smooth(width):
+    """Gradients as weighted means over neighbouring steps, by a Gaussian: noise is averaged, a trend is not."""
+
+    def update(gradient, params):
+        del params
+        t = jnp.arange(gradient.size)
+        kernel = jnp.exp(-(((t[:, None] - t) / width) ** 2) / 2)
+        return kernel @ gradient / kernel.sum(1)
+
+    return optax.stateless(update)
+
+
 def descend(objective, space, optimizer, start, rounds, seed):
-    """Where descent from `start` comes to, each step with a key of its own."""
+    """Descent from `start`, a point and its loss; each step with a key of its own."""
     method, key = hpo.gradient(space, optimizer, starts=1), jax.random.key(500 + seed)
     return hpo.minimize(objective, method, key=key, rounds=rounds, initial=[start], progress=False)
 
 
 def best_of_first(result, first):
-    """The best of the first trials, in Python values."""
-    losses = np.where(result.trials.failed, np.inf, result.trials.loss)
-    return result.space.native(result.trials.hparams, int(np.argmin(losses[:first])))
+    """The best of the first trials, in Python values, and its loss."""
+    losses = np.where(result.trials.failed, np.inf, result.trials.loss)[:first]
+    best = int(np.argmin(losses))
+    return result.space.native(result.trials.hparams, best), float(losses[best])
 
 
-def judge(trainable, steps, data, candidates, seed):
-    """Test cross-entropy and error of networks trained with other keys: float[2] for each candidate, by name."""
-    trained = hpo.unroll(trainable._replace(evaluate=lambda state, h: state[0]), steps)
-    keys = jax.random.split(jax.random.key(9000 + seed), KEYS)
-    x, y = data.test
+@functools.partial(jax.jit, static_argnames=("training", "steps"))
+def judged(training, steps, data, hparams, keys):
+    """Mean test cross-entropy and error of networks trained with some keys: float[2]."""
+    trainable = training(data)._replace(evaluate=lambda state, h: state[0])
+    params = jax.vmap(hpo.unroll(trainable, steps), (0, None))(keys, hparams)
+    wrong = jax.vmap(lambda p: jnp.mean(predict(p, data.test[0]).argmax(-1) != data.test[1]))(params)
+    return jnp.stack([jax.vmap(cross_entropy, (0, None))(params, data.test).mean(), wrong.mean()])
 
-    @jax.jit
-    def test(hparams):
-        params = jax.vmap(trained, (0, None))(keys, hparams)
-        wrong = jax.vmap(lambda p: jnp.mean(predict(p, x).argmax(-1) != y))(params)
-        return jnp.stack([jax.vmap(cross_entropy, (0, None))(params, data.test).mean(), wrong.mean()])
 
-    return {name: np.asarray(test(hparams)) for name, hparams in candidates.items()}
+def fresh_keys(seed):
+    return jax.random.split(jax.random.key(9000 + seed), KEYS)
 
 
 def interval(differences):
@@ -191,58 +204,60 @@ def table(figures, ours):
 def decay(options):
     steps, first = options.steps or 200, options.trials // 5
     shapes = jax.eval_shape(begin, jax.random.key(0))
-    spaces = {"decay": hpo.Float(**DECAY)}, {"decay": hpo.Array.like(shapes, **DECAY)}
+    few, many = {"decay": hpo.Float(**DECAY)}, {"decay": hpo.Array.like(shapes, **DECAY)}
+    everywhere = lambda h: {"decay": jax.tree.map(lambda s: jnp.full(s.shape, h["decay"], jnp.float32), shapes)}  # noqa: E731
     optimizer, figures, rounds = optax.adam(options.rate or 0.2), [], None
-    everywhere = lambda h: {"decay": jax.tree.map(lambda _: h["decay"], shapes)}  # noqa: E731
     for seed in options.seeds:
         data = split(seed, 200, 700)
-        trainable = decayed(data)
-        objective = hpo.unroll(trainable, steps)
-        single = search(after(everywhere, objective), spaces[0], options.trials, seed)
-        start = everywhere(best_of_first(single, first))
+        objective = hpo.unroll(decayed(data), steps)
+        single = search(after(everywhere, objective), few, options.trials, seed)
+        start, loss = best_of_first(single, first)
         if rounds is None:
-            full = jax.tree.map(lambda d, s: jnp.full(s.shape, d, jnp.float32), start["decay"], shapes)
-            cost = multiple(objective, {"decay": full})
+            cost = multiple(objective, everywhere(start))
             rounds = int((options.trials - first) / cost)
             print(f"decay: a value-and-gradient costs {cost:.2f} trainings, so {rounds} of them after {first} trials")
-        tuned = descend(objective, spaces[1], optimizer, start, rounds, seed)
+        known = {"decay": jax.tree.map(lambda _: start["decay"], shapes)}  # noqa: B023
+        each = descend(objective, many, optimizer, (known, loss), rounds, seed)
         both = data._replace(train=jax.tree.map(lambda *d: jnp.concatenate(d), data.train, data.valid))
-        one = jax.tree.map(jnp.float32, everywhere(single.best_hparams))
-        each = jax.tree.map(jnp.float32, tuned.best_hparams)
-        found = judge(trainable, steps, data, {"a single decay": one, "a decay for each parameter": each}, seed)
-        found |= judge(decayed(both), steps, data, {"a single decay, trained on validation too": one}, seed)
-        figures.append(found)
-        report(seed, {"single": single, "each": tuned}, single.best_hparams)
+        chosen = {
+            "a single decay": (data, everywhere(single.best_hparams)),
+            "a decay for each parameter": (data, {"decay": jax.tree.map(jnp.float32, each.best_hparams["decay"])}),
+            "a single decay, trained on the validation set, too": (both, everywhere(single.best_hparams)),
+        }
+        keys = fresh_keys(seed)
+        figures.append({name: np.asarray(judged(decayed, steps, d, h, keys)) for name, (d, h) in chosen.items()})
+        report(seed, {"single": single, "each": each}, single.best_hparams)
     table(figures, "a decay for each parameter")
 
 
 def schedule(options):
-    steps, first, batch = options.steps or 100, options.trials // 10, 64
-    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(options.rate or 0.1))
-    space, figures, rounds = {"lr": hpo.Array(steps, **RATE)}, [], None
+    steps, first = options.steps or 60, options.trials // 10
+    many, optimizer, figures, rounds = {"lr": hpo.Array(steps, **RATE)}, None, [], None
     pair = {"peak": hpo.Float(**RATE), "warm_up": hpo.Float(0.0, 0.5)}
     constant = lambda h: {"lr": jnp.full(steps, h["lr"], jnp.float32)}  # noqa: E731
-    annealed = lambda h: {"lr": cosine(h, steps)}  # noqa: E731
+    annealed = lambda h: {"lr": jnp.float32(cosine(h, steps))}  # noqa: E731
     for seed in options.seeds:
-        data = split(seed, 1000, 400)
-        trainable = scheduled(data, batch)
-        objective = hpo.unroll(trainable, steps)
+        data = split(seed, 800, 500)
+        objective = hpo.unroll(scheduled(data), steps)
         single = search(after(constant, objective), {"lr": hpo.Float(**RATE)}, options.trials, seed)
         cosines = search(after(annealed, objective), pair, options.trials // 2, seed, repeats=2)
-        start = best_of_first(single, first)
+        start, loss = best_of_first(single, first)
         if rounds is None:
             cost = multiple(objective, constant(start))
             rounds = int((options.trials - first) / cost)
+            moves = optax.adam(optax.linear_schedule(options.rate or 0.25, 0, rounds), 0.9, 0.95)
+            optimizer = optax.chain(optax.clip_by_global_norm(0.5), smooth(steps / 20), moves)
             print(f"schedule: a value-and-gradient costs {cost:.2f} trainings, so {rounds} after {first} trials")
-        tuned = descend(objective, space, optimizer, start, rounds, seed)
-        candidates = {
+        each = descend(objective, many, optimizer, (start, loss), rounds, seed)
+        chosen = {
             "a constant rate": constant(single.best_hparams),
             "a cosine with warm-up": annealed(cosines.best_hparams),
-            "a rate for each step": {"lr": jnp.float32(tuned.trials.hparams["lr"][-1])},
+            "a rate for each step": {"lr": jnp.float32(each.trials.hparams["lr"][-1])},
         }
-        figures.append(judge(trainable, steps, data, candidates, seed))
-        found = {**single.best_hparams, **cosines.best_hparams}
-        report(seed, {"constant": single, "cosine": cosines, "each": tuned}, found)
+        keys = fresh_keys(seed)
+        figures.append({name: np.asarray(judged(scheduled, steps, data, h, keys)) for name, h in chosen.items()})
+        report(seed, {"constant": single, "cosine": cosines, "each": each}, single.best_hparams | cosines.best_hparams)
+        print("  rates:", " ".join(f"{x:.3f}" for x in each.trials.hparams["lr"][-1][:: max(steps // 20, 1)]))
     table(figures, "a rate for each step")
 
 
@@ -264,6 +279,13 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5), help="of the splits")
     options = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
+    with tempfile.TemporaryDirectory() as cache:
+        # The splits have the same programs.
+        jax.config.update("jax_compilation_cache_dir", cache)
+        run(options)
+
+
+def run(options):
     for part in options.parts.split(","):
         {"decay": decay, "schedule": schedule}[part](options)
 
