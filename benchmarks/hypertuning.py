@@ -29,7 +29,7 @@ from sklearn.model_selection import train_test_split
 
 import jaxhpo as hpo
 
-WIDTH, BATCH, TRIALS, KEYS = 64, 200, 200, 20
+WIDTH, BATCH, TRIALS, KEYS = 64, 100, 200, 20
 DECAY = {"low": 1e-5, "high": 1.0, "log": True}
 RATE = {"low": 1e-4, "high": 0.1, "log": True}
 
