@@ -35,12 +35,12 @@ def cross_entropy(params, data):
 
 
 def training(train, valid):
-    """Adam on minibatches of 200 digits."""
+    """Adam on minibatches of 64 digits."""
     train = jax.tree.map(jnp.asarray, train)
 
     def step(key, state, h):
         params, adam, reached = state
-        rows = jax.random.choice(key, len(train[1]), (200,), replace=False)
+        rows = jax.random.choice(key, len(train[1]), (64,), replace=False)
         gradient = jax.grad(cross_entropy)(params, (train[0][rows], train[1][rows]))
         updates, adam = ADAM.update(gradient, adam)
         return jax.tree.map(lambda p, u: p - h["lr"][reached] * u, params, updates), adam, reached + 1

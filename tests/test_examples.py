@@ -56,7 +56,7 @@ def test_a_weight_decay_for_each_parameter(capsys):
 
 
 def test_a_learning_rate_for_each_step(capsys):
-    outcome = load("learning_rate_schedule").main(["--trials", "20", "--rounds", "20", "--steps", "30"])
-    assert outcome.tuned < outcome.constant and outcome.rates.shape == (30,)
+    outcome = load("learning_rate_schedule").main([])
+    assert outcome.tuned < outcome.constant and outcome.rates.shape == (60,)
     assert outcome.rates[-1] < outcome.rates.max() / 2
     assert f"a rate for each step: test cross-entropy {outcome.tuned:.4f}" in capsys.readouterr().out
