@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo.parameters import Int, number
+from jaxhpo.parameters import Int
+from jaxhpo.scalars import number
 
 
 class Leaf(NamedTuple):

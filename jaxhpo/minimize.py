@@ -89,7 +89,8 @@ def minimize(
       directory: where to keep checkpoints. A study that is there already is resumed; the data and the code of the
         problem are not compared.
       initial: points of native Python values, which take the place of the method's first ones, or `(point, loss)`
-        pairs of known results, which it is told. One list may have both.
+        pairs of known results, which it is told. One list may have both. One number stands for all entries of an
+        `Array`.
       target: a loss to stop at.
       time_limit: seconds after which to stop, seen between two chunks of rounds.
       patience: trials without a lower loss after which to stop.

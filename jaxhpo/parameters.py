@@ -8,33 +8,13 @@ import dataclasses
 import functools
 import math
 import numbers
-import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-
-def number(value: Any) -> Any:
-    """`value` as a Python number if it is a real one (NumPy scalars and arrays without axes too), else None."""
-    scalar = isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer)
-    if scalar and value.ndim == 0:
-        value = value.item()
-    return value if isinstance(value, numbers.Real) else None
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two options are one: equal numbers are, `True` and `1` are not."""
-    x, y = number(a), number(b)
-    if x is not None and y is not None:
-        return x == y and isinstance(x, bool) == isinstance(y, bool)
-    if hasattr(a, "shape") or hasattr(b, "shape"):
-        return getattr(a, "shape", None) == getattr(b, "shape", None) and bool(np.all(a == b))
-    try:
-        return a is b or bool(a == b)
-    except (ValueError, TypeError):
-        return False
+from jaxhpo.scalars import check_interval, number, same
 
 
 class Parameter:
@@ -77,21 +57,6 @@ class Parameter:
         raise NotImplementedError
 
 
-def _check_interval(low: Any, high: Any, log: Any) -> None:
-    for name, given in (("low", low), ("high", high)):
-        value = number(given)
-        if value is None or isinstance(value, bool):
-            raise TypeError(f"{name} must be a real number, got {given!r}; use Categorical for other values")
-        if not -sys.float_info.max <= value <= sys.float_info.max:
-            raise ValueError(f"{name} must be finite, got {given!r}; search the logarithm (log=True) of a wide range")
-    if not number(low) < number(high):
-        raise ValueError(f"low must be below high, got low={low!r} and high={high!r}; swap them, or use a constant")
-    if not isinstance(log, bool | np.bool_):
-        raise TypeError(f"log must be True or False, got {log!r}; name further arguments, as in step=2")
-    if log and number(low) <= 0:
-        raise ValueError(f"log=True needs low > 0, got low={low!r}; raise low or drop log=True")
-
-
 class _Interval(Parameter):
     low: float
     high: float
@@ -106,7 +71,7 @@ class _Interval(Parameter):
         return super().signature, number(self.low), number(self.high), bool(self.log)
 
     def check(self) -> None:
-        _check_interval(self.low, self.high, self.log)
+        check_interval(self.low, self.high, self.log)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +125,32 @@ class Array(_Interval):
     high: float
     log: bool = False
 
+    @staticmethod
+    def like(template: Any, low: float, high: float, log: bool = False) -> Any:
+        """A parameter for every number in a pytree, such as a weight decay for every weight of a network.
+
+        Args:
+          template: a pytree of arrays, or of anything with a shape, such as `jax.eval_shape` returns.
+          low: lower bound, inclusive.
+          high: upper bound, inclusive.
+          log: log-uniform; needs low > 0.
+
+        Returns:
+          The same tree with an `Array` in place of each array, a `Float` where that has no axes.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxhpo as hpo
+          >>> params = {"kernel": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}
+          >>> hpo.Space({"decay": hpo.Array.like(params, 1e-5, 1.0, log=True)}).dims
+          650
+        """
+
+        def parameter(leaf: Any) -> Parameter:
+            shape = np.shape(leaf)
+            return Array(shape, low, high, log) if shape else Float(low, high, log)
+
+        return jax.tree.map(parameter, template)
+
     @property
     def dims(self) -> int:
         return math.prod(self.value_shape)
@@ -179,10 +170,11 @@ class Array(_Interval):
 
     def parse(self, value: Any) -> np.ndarray:
         array = np.asarray(value)
+        array = np.broadcast_to(array, self.value_shape) if array.ndim == 0 else array
         numeric = array.dtype.kind in "iuf" and array.shape == self.value_shape
         array = array.astype(float) if numeric else np.array(np.nan)
         if not np.all((array >= number(self.low)) & (array <= number(self.high))):
-            raise ValueError(f"it must be {self.value_shape} numbers in [{self.low}, {self.high}]")
+            raise ValueError(f"it must be {self.value_shape} numbers, or one for all, in [{self.low}, {self.high}]")
         return array
 
 
@@ -218,7 +210,7 @@ class Int(Parameter):
         return super().signature, int(self.low), int(self.high), bool(self.log), int(self.step)
 
     def check(self) -> None:
-        _check_interval(self.low, self.high, self.log)
+        check_interval(self.low, self.high, self.log)
         for name, given in (("low", self.low), ("high", self.high), ("step", self.step)):
             value = number(given)
             if value is None or isinstance(value, bool) or value != value // 1:

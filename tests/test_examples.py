@@ -46,3 +46,17 @@ def test_a_language_model(capsys):
     outcome = load("bohb_char_lm").main(small)
     assert outcome.bits < outcome.chance - 0.5 and outcome.result.trials.steps.max() == 27
     assert f"{outcome.bits:.3f} bits a character" in capsys.readouterr().out
+
+
+def test_a_weight_decay_for_each_parameter(capsys):
+    outcome = load("per_parameter_decay").main(["--trials", "20", "--rounds", "12", "--steps", "100"])
+    assert outcome.each < outcome.single - 0.01
+    assert sum(x.size for x in jax.tree.leaves(outcome.decay)) == 4810
+    assert f"4810 decays: test cross-entropy {outcome.each:.4f}" in capsys.readouterr().out
+
+
+def test_a_learning_rate_for_each_step(capsys):
+    outcome = load("learning_rate_schedule").main([])
+    assert outcome.tuned < outcome.constant and outcome.rates.shape == (60,)
+    assert outcome.rates[-1] < outcome.rates.max() / 2
+    assert f"a rate for each step: test cross-entropy {outcome.tuned:.4f}" in capsys.readouterr().out

@@ -69,3 +69,18 @@ def test_traced_bounds_are_refused():
 def test_a_space_without_parameters_is_refused(tree):
     with pytest.raises(ValueError, match="no parameters"):
         hpo.Space(tree)
+
+
+def test_a_parameter_for_every_number_of_a_tree():
+    template = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32), "b": np.zeros(3), "scale": jnp.float32(1)}
+    tree = hpo.Array.like(template, 1e-4, 1.0, log=True)
+    assert tree == {
+        "w": hpo.Array((2, 3), 1e-4, 1.0, log=True),
+        "b": hpo.Array((3,), 1e-4, 1.0, log=True),
+        "scale": hpo.Float(1e-4, 1.0, log=True),
+    }
+    space = hpo.Space({"decay": tree})
+    point = space.read({"decay": {"w": 1e-2, "b": [1e-4, 1e-2, 1.0], "scale": 1e-2}})
+    np.testing.assert_allclose(space.encode(point), [0, 0.5, 1] + [0.5] * 7, atol=1e-6)
+    with pytest.raises(ValueError, match=r"'decay.w': 2.0, but it must be \(2, 3\) numbers, or one for all, in"):
+        space.read({"decay": {"w": 2.0, "b": 1e-2, "scale": 1e-2}})

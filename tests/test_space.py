@@ -198,7 +198,7 @@ REFUSED = {
     "step": ({"n": 3}, "'n': 3, but it must be 0 plus a multiple of 2 in [0, 8]"),
     "bool": ({"n": True}, "'n': True"),
     "fraction": ({"n": 2.5}, "'n': 2.5"),
-    "shape": ({"w": [0.5]}, "'w': [0.5], but it must be (2,) numbers in [0, 1]"),
+    "shape": ({"w": [0.5]}, "'w': [0.5], but it must be (2,) numbers, or one for all, in [0, 1]"),
     "entry": ({"w": [0.5, 2.0]}, "'w': [0.5, 2.0]"),
     "option": ({"act": "tanh"}, "'act': 'tanh', but it must be one of ('relu', 1)"),
     "not 1": ({"act": True}, "'act': True, but"),
