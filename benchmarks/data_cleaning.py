@@ -104,9 +104,7 @@ def find(s, outer):
     optimizer = optax.chain(optax.normalize_by_update_norm(STRIDE * np.sqrt(n)), optax.scale(-1.0))
     method = hpo.gradient({"weights": hpo.Array(n, 0.0, 1.0)}, optimizer, starts=1, patience=1e6)
     begin = [{"weights": np.full(n, 0.5)}]
-    result = hpo.minimize(
-        objective, method, key=jax.random.key(0), trials=outer, initial=begin, progress=False
-    )
+    result = hpo.minimize(objective, method, key=jax.random.key(0), trials=outer, initial=begin, progress=False)
     return np.asarray(result.trials.hparams["weights"][-1]), result.best_loss
 
 
@@ -163,9 +161,13 @@ def main():
             rows.append([auc, precision, *np.ravel([judge(s, w) for w in which])])
             print(f"{data} split {seed}: {took:.0f} s, loss {loss:.3f},", *np.round(rows[-1], 4), flush=True)
         mean = np.mean(rows, axis=0)
-        print(f"{data}, mean of {len(rows)}: AUROC {mean[0]:.4f}, share of labels kept that were not moved {mean[1]:.4f}")
+        print(
+            f"{data}, mean of {len(rows)}: AUROC {mean[0]:.4f}, share of labels kept that were not moved {mean[1]:.4f}"
+        )
         print("| trained on clean examples and | test accuracy | favoured |\n|---|---|---|")
-        for name, own, best in zip(("nothing", "all", "those not moved", "those found"), mean[2::2], mean[3::2], strict=True):
+        for name, own, best in zip(
+            ("nothing", "all", "those not moved", "those found"), mean[2::2], mean[3::2], strict=True
+        ):
             print(f"| {name} | {own:.4f} | {best:.4f} |")
 
 
