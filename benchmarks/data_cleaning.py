@@ -46,20 +46,20 @@ class Split(NamedTuple):
     test: tuple
 
 
-def images(data):
+def images(data, folder):
     """Rows of pixels with a constant one, labels, and how many to train on."""
     if data == "digits":
         x, y = load_digits(return_X_y=True)
         return np.c_[x / 16, np.ones(len(x))].astype(np.float32), y.astype(np.int32), 1200
-    read = lambda name, skip: np.frombuffer(gzip.decompress((SHARED / name).read_bytes()), np.uint8, offset=skip)  # noqa: E731
+    read = lambda name, skip: np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8, offset=skip)  # noqa: E731
     y = read("t10k-labels-idx1-ubyte.gz", 8).astype(np.int32)
     x = read("t10k-images-idx3-ubyte.gz", 16).reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(len(y), -1)
     return np.c_[x / 255, np.ones(len(x))].astype(np.float32), y, 5000
 
 
-def split(data, seed):
+def split(data, seed, folder=SHARED):
     """A random split, half of its training labels moved to any of the other classes."""
-    x, y, n = images(data)
+    x, y, n = images(data, folder)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(x))
     x, y = x[order], y[order]
@@ -143,17 +143,18 @@ def kept(s, weights):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
+    parser.add_argument("--folder", type=Path, default=SHARED, help="where the images of MNIST are")
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="seed of the first split")
     parser.add_argument("--outer", type=int, default=OUTER, help="steps of the descent")
     options = parser.parse_args()
     for data in options.data.split(","):
-        if data == "mnist" and not SHARED.exists():
-            print(f"no MNIST in {SHARED}")
+        if data == "mnist" and not options.folder.exists():
+            print(f"no MNIST in {options.folder}")
             continue
         rows = []
         for seed in range(options.first, options.first + options.splits):
-            s, begun = split(data, seed), time.perf_counter()
+            s, begun = split(data, seed, options.folder), time.perf_counter()
             weights, loss = find(s, options.outer)
             took, auc = time.perf_counter() - begun, roc_auc_score(~s.moved, weights)
             which = (np.zeros(len(s.y)), np.ones(len(s.y)), ~s.moved, kept(s, weights))

@@ -46,3 +46,9 @@ def test_a_language_model(capsys):
     outcome = load("bohb_char_lm").main(small)
     assert outcome.bits < outcome.chance - 0.5 and outcome.result.trials.steps.max() == 27
     assert f"{outcome.bits:.3f} bits a character" in capsys.readouterr().out
+
+
+def test_moved_labels_are_found(capsys):
+    outcome = load("data_cleaning").main(["--rounds", "20", "--steps", "40"])
+    assert outcome.auroc > 0.95 and outcome.found > max(outcome.clean, outcome.noisy)
+    assert f"area under the ROC curve {outcome.auroc:.4f}" in capsys.readouterr().out
