@@ -31,8 +31,8 @@ import jaxhpo as hpo
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CLEAN, FOLDS = 100, 4
-RATE, STEPS, DECAY = 0.3, 60, 0.02
-DECAYS, LENGTHS = (3e-2, 1e-2, 3e-3, 1e-3, 1e-4), (30, 60, 300)
+RATE, STEPS, DECAY = 0.3, 60, 0.01
+DECAYS, LENGTHS = (3e-2, 1e-2, 3e-3, 1e-3, 1e-4), (30, 60, 200)
 OUTER, STRIDE = 40, 0.2
 
 
@@ -54,7 +54,7 @@ def images(data, folder):
     read = lambda name, skip: np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8, offset=skip)  # noqa: E731
     y = read("t10k-labels-idx1-ubyte.gz", 8).astype(np.int32)
     x = read("t10k-images-idx3-ubyte.gz", 16).reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(len(y), -1)
-    return np.c_[x / 255, np.ones(len(x))].astype(np.float32), y, 5000
+    return np.c_[x / 255, np.ones(len(x))].astype(np.float32), y, 3000
 
 
 def split(data, seed, folder=SHARED):

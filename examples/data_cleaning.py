@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> Outcome:
     is_moved = rng.permutation(n) < n // 2
     labels = np.where(is_moved, (y[train] + rng.integers(1, 10, n)) % 10, y[train])
 
-    objective = hpo.unroll(regression((x[train], labels), (x[valid], y[valid]), 0.02), options.steps)
+    objective = hpo.unroll(regression((x[train], labels), (x[valid], y[valid]), 0.01), options.steps)
     # Steps of one length: a weight goes far if much depends on it.
     optimizer = optax.chain(optax.normalize_by_update_norm(0.2 * np.sqrt(n)), optax.scale(-1.0))
     method = hpo.gradient({"weights": hpo.Array(n, 0.0, 1.0)}, optimizer, starts=1)
