@@ -32,7 +32,7 @@ from jaxhpo.bandit import (
     successive_halving,
 )
 from jaxhpo.exhaustive import grid
-from jaxhpo.gradient import gradient, polish
+from jaxhpo.gradient import gradient, polish, trust_region
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm, pbt
 from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
 from jaxhpo.stochastic import annealing, quasirandom, random
@@ -106,5 +106,6 @@ __all__ = [
     "successive_halving",
     "tpe",
     "trial_keys",
+    "trust_region",
     "unroll",
 ]

@@ -25,7 +25,7 @@ from jaxhpo.bandit import (
     successive_halving,
 )
 from jaxhpo.exhaustive import grid
-from jaxhpo.gradient import gradient, polish
+from jaxhpo.gradient import gradient, polish, trust_region
 from jaxhpo.method import Method, Trials
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm, pbt
 from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
@@ -43,7 +43,7 @@ class Case(NamedTuple):
     """whether the rounding of a batched program can move a trial far, as what it maximises has many optima"""
 
 
-ADAM = optax.adam(0.1)
+ADAM, TRUST = optax.adam(0.1), trust_region()
 CASES = [
     Case("grid", lambda space: grid(space, points=2, batch=5), keyed=False),
     Case("random", lambda space: random(space, batch=5)),
@@ -81,6 +81,7 @@ CASES = [
     Case("gp_ei", lambda space: gp_ei(space, startup=5, batch=5), chaotic=True),
     Case("bayesian-forest", lambda space: bayesian(space, surrogate="forest", startup=5, batch=5), chaotic=True),
     Case("gradient", lambda space: gradient(space, ADAM, starts=5)),
+    Case("gradient-halving", lambda space: gradient(space, TRUST, starts=5, halving=3)),
     Case("genetic", lambda space: genetic(space, population=7, batch=5)),
     Case("genetic-rank", lambda space: genetic(space, population=4, selection="rank", crossover="sbx", batch=5)),
     Case("islands", lambda space: islands(genetic(space, population=6, batch=3), 2, every=2)),

@@ -60,3 +60,9 @@ def test_a_learning_rate_for_each_step(capsys):
     assert outcome.tuned < outcome.constant and outcome.rates.shape == (60,)
     assert outcome.rates[-1] < outcome.rates.max() / 2
     assert f"a rate for each step: test cross-entropy {outcome.tuned:.4f}" in capsys.readouterr().out
+
+
+def test_moved_labels_are_found(capsys):
+    outcome = load("data_cleaning").main(["--rounds", "20", "--steps", "40"])
+    assert outcome.auroc > 0.95 and outcome.found > max(outcome.clean, outcome.noisy)
+    assert f"area under the ROC curve {outcome.auroc:.4f}" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from jaxhpo.gradient.implicit import Implicit
 from jaxhpo.gradient.online import Online
 from jaxhpo.gradient.path import NonFinite, find_nonfinite
 from jaxhpo.gradient.polish import polish
+from jaxhpo.gradient.trust_region import trust_region
 from jaxhpo.gradient.unroll import Unrolled, unroll
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "find_nonfinite",
     "gradient",
     "polish",
+    "trust_region",
     "unroll",
 ]

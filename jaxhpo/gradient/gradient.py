@@ -64,6 +64,8 @@ class State(NamedTuple):
     renewed: jax.Array
     """bool[starts]: those that begin anew at the next ask"""
     settings: Settings
+    asks: Count
+    """i32[]: asks so far"""
     asked: Count
     """i32[]: trials asked for so far"""
 
@@ -86,11 +88,15 @@ def temperatures(settings: Settings, age: jax.Array) -> jax.Array:
     return jnp.where(age < settings.anneal, cooled, 0)
 
 
+def ranks(best: jax.Array) -> jax.Array:
+    """The place of each start among all, 0 for the one with the lowest loss: i32[starts]."""
+    mine, index = best[:, None], jnp.arange(best.shape[0])
+    return jnp.sum((best < mine) | ((best == mine) & (index < index[:, None])), axis=1, dtype=jnp.int32)
+
+
 def worst(state: State, anneals: bool) -> jax.Array:
     """Which starts had their chance and are among the worst, never the best one: bool[starts]."""
-    starts = state.best.shape[0]
-    mine, other, index = state.best[:, None], state.best, jnp.arange(starts)
-    rank = jnp.sum((other < mine) | ((other == mine) & (index < index[:, None])), axis=1, dtype=jnp.int32)
+    starts, rank = state.best.shape[0], ranks(state.best)
     is_worst = (rank >= starts - jnp.round(state.settings.replaced * starts)) & (rank > 0)
     return is_worst & (state.age >= state.settings.patience + (state.settings.anneal if anneals else 0))
 
@@ -123,7 +129,7 @@ def stepper(parts: Parts) -> tuple[Callable, Callable]:
 
 
 @functools.lru_cache(maxsize=256)
-def _functions(space: Space, starts: int, parts: Parts) -> tuple[Callable, Callable, Callable]:
+def _functions(space: Space, starts: int, halving: int, parts: Parts) -> tuple[Callable, Callable, Callable]:
     c = at.coordinates(space)
     begin, step = stepper(parts)
     anneals, leaves = bool(len(c.owner)), len(space.leaves)
@@ -143,6 +149,7 @@ def _functions(space: Space, starts: int, parts: Parts) -> tuple[Callable, Calla
             life=none,
             renewed=none > 0,
             settings=settings,
+            asks=count(),
             asked=count(),
         )
 
@@ -161,12 +168,17 @@ def _functions(space: Space, starts: int, parts: Parts) -> tuple[Callable, Calla
 
     def ask(key: jax.Array, state: State, pending: Trials | None = None) -> tuple[Trials, State]:
         del pending
-        state, asked = renew(key, state), state.asked.value
-        row = Row(jnp.arange(starts, dtype=jnp.int32), state.life, state.age)
-        trials = black_box(space, at.unit_of(c, state.point), asked, aux=row)
-        soft = at.weights(c, state.point, temperatures(state.settings, state.age)) if anneals else None
+        state, asks, asked = renew(key, state), state.asks.value, state.asked.value
+        start, number = jnp.arange(starts, dtype=jnp.int32), jnp.int32(starts)
+        if halving:
+            start = jnp.argsort(ranks(state.best)).astype(jnp.int32)
+            number = jnp.maximum(starts >> jnp.minimum(asks // halving, 30), 1)
+        point, age = state.point[start], state.age[start]
+        row = Row(start, state.life[start], age)
+        trials = black_box(space, at.unit_of(c, point), asked, jnp.arange(starts) < number, row)
+        soft = at.weights(c, point, temperatures(state.settings, age)) if anneals else None
         trials = trials._replace(hparams=at.differentiable(c, trials.hparams, soft))
-        return trials, state._replace(asked=Count(asked + starts))
+        return trials, state._replace(asks=Count(asks + 1), asked=Count(asked + number))
 
     def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
         row: Row = trials.aux
@@ -233,6 +245,7 @@ def gradient(
     temperature: float = 1.0,
     final_temperature: float = 0.1,
     anneal: float = 25,
+    halving: int = 0,
 ) -> Method:
     """Gradient descent from many starts, for objectives that can be differentiated, such as those of `unroll`.
 
@@ -261,9 +274,13 @@ def gradient(
       temperature: of the softmax of relaxed choices at first, above 0.
       final_temperature: and at the end of annealing, above 0.
       anneal: steps of annealing, at least 0; 0 is one option from the beginning.
+      halving: asks after which the worse half of the starts stops, and half of the rest after as many again, until one
+        goes on: where each step is a training run. The rows of an ask are fewer then, and with `lanes=1` in `minimize`
+        those that are not there cost nothing. 0 is never. Soft weights tell no start from another: where there are
+        some, more than `anneal`.
 
     Returns:
-      A `Method` whose settings are the five numbers.
+      A `Method` whose settings are the five numbers before `halving`.
 
     Raises:
       ValueError, TypeError: an argument is out of its range, or an integer has more digits than a float.
@@ -291,7 +308,8 @@ def gradient(
         patience=array(real("patience", patience, 1, 1e6, "25 is usual")),
         replaced=array(real("replaced", replaced, 0, 1, "0.25 is usual")),
     )
-    init, ask, tell = _functions(space, starts, parts)
+    halving = whole("halving", halving, 0, "1 or 2 is usual, 0 is never")
+    init, ask, tell = _functions(space, starts, halving, parts)
     return Method(
         "gradient", space, settings, Initializer(init, settings), ask, tell, batch=starts, uses_gradients=True
     )
