@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo.budget import OPEN_ROWS, Budget, Tally, begin, capacity, proceed
+from jaxhpo.budget import OPEN_GROWTH, OPEN_ROWS, Budget, Tally, begin, capacity, proceed
 from jaxhpo.checks import whole
 from jaxhpo.method import Method, Trials, ask_key
 from jaxhpo.study import Initial, Trace, begin_with, first_state
@@ -274,7 +274,7 @@ class Host:
         order = np.argsort(~known, kind="stable")
         told = jax.tree.map(lambda x: x[order], trials._replace(active=jnp.asarray(known)))
         while self.open and (tally.rounds + 1) * self.method.batch + self.known > self.room:
-            self.room *= 2
+            self.room *= OPEN_GROWTH
             self.state = self.method.reserve(self.state, self.room)
         self.state = self.tell(self.state, told, jnp.asarray(losses[order]))
         none = np.zeros(len(losses), np.int32)
