@@ -21,7 +21,7 @@ from jaxhpo.method import Method, bare
 from jaxhpo.processes import processes_of
 from jaxhpo.space import working_dtype
 from jaxhpo.study import Carry, Engine, Initial, Trace, make_engine
-from jaxhpo.trainable import Trainable
+from jaxhpo.trainable import Trainable, hoist
 
 PyTree = Any
 MOST_ROUNDS = 256
@@ -35,17 +35,6 @@ class Program(NamedTuple):
     """(carry, key, round, meter, limits) -> (carry, traces, meter); donates the carry"""
     seconds: float
     """it took to trace and compile"""
-
-
-def hoist(fn: Callable, *example: Any) -> tuple[Callable, list]:
-    """`fn` as a function of its arguments and of the arrays it closes over, and those arrays."""
-    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*example)
-    treedef = jax.tree.structure(shape)
-
-    def run(consts: list, *args: Any) -> Any:
-        return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(args)))
-
-    return run, closed.consts
 
 
 def _chunk(engine: Engine, most: int) -> Callable:

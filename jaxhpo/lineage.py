@@ -15,13 +15,12 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.text import Text
 
-from jaxhpo.device import hoist
 from jaxhpo.digest import canonical
 from jaxhpo.lanes import raw_of
 from jaxhpo.records import Records, take, texts
 from jaxhpo.result import TrialTable
 from jaxhpo.space import Space, working_dtype
-from jaxhpo.trainable import Trainable, unjitted
+from jaxhpo.trainable import Trainable, hoist, unjitted
 
 PyTree = Any
 FEWEST = 16

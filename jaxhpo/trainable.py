@@ -37,6 +37,17 @@ class Trainable(NamedTuple):
     """(params, hparams) -> loss over the full training data, for implicit differentiation"""
 
 
+def hoist(fn: Callable, *example: Any) -> tuple[Callable, list]:
+    """`fn` as a function of its arguments and of the arrays it closes over, and those arrays."""
+    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*example)
+    treedef = jax.tree.structure(shape)
+
+    def run(consts: list, *args: Any) -> Any:
+        return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(args)))
+
+    return run, closed.consts
+
+
 def unjitted(problem: Any) -> Any:
     """A problem without a `jit` around its functions, inside which the arrays that they close over are hidden."""
     if isinstance(problem, Trainable):

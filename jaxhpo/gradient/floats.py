@@ -9,6 +9,8 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
+from jaxhpo.trainable import hoist
+
 PyTree = Any
 
 
@@ -33,17 +35,6 @@ def split_floats(tree: PyTree) -> Floats:
         return jax.tree.unflatten(treedef, merged)
 
     return Floats([leaves[i] for i in at], rebuild)
-
-
-def hoist(fn: Callable, *args: PyTree) -> tuple[Callable, list]:
-    """`fn` as a pure function `(consts, *args)`, and what it closed over: rules of one's own may not see more."""
-    closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    treedef: Any = jax.tree.structure(shape)
-
-    def run(consts: list, *args: PyTree) -> PyTree:
-        return jax.tree.unflatten(treedef, jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(args)))
-
-    return run, closed.consts
 
 
 def is_zero(tangent: Any) -> bool:

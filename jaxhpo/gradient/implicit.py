@@ -16,8 +16,8 @@ from jax.scipy.sparse.linalg import cg
 
 from jaxhpo.checks import one_of, real, whole
 from jaxhpo.gradient.exact import begin, train
-from jaxhpo.gradient.floats import hoist, is_zero, refuse_others, split_floats
-from jaxhpo.trainable import Trainable
+from jaxhpo.gradient.floats import is_zero, refuse_others, split_floats
+from jaxhpo.trainable import Trainable, hoist
 
 PyTree = Any
 SOLVERS = ("cg", "normal_cg", "neumann")
