@@ -21,6 +21,7 @@ from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
 # How it is searched.
+from jaxhpo.automl import darts
 from jaxhpo.bandit import (
     ExtrapolationRule,
     MedianRule,
@@ -82,6 +83,7 @@ __all__ = [
     "check_gradient",
     "cma_es",
     "coordinate_descent",
+    "darts",
     "dehb",
     "differential_evolution",
     "early_stopping",

@@ -176,18 +176,24 @@ def _evaluation(
 
 def value_and_gradient(space: Space, objective: Callable, key: jax.Array, hparams: PyTree) -> tuple[jax.Array, PyTree]:
     """The loss of one trial and its gradient, shaped like `hparams` and zero at leaves that are not floats."""
+    loss = lambda h: (jnp.asarray(objective(key, space.fill(h)), working_dtype()), None)  # noqa: E731
+    (value, _), gradient = _with_gradient(loss, hparams)
+    return value, gradient
+
+
+def _with_gradient(loss: Callable, hparams: PyTree) -> tuple[tuple[jax.Array, PyTree], PyTree]:
+    """What `loss(hparams) -> (value, aux)` returns, and the gradient of the value."""
     leaves, treedef = jax.tree.flatten(hparams)
     real = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
 
-    def loss(floats: list[jax.Array]) -> jax.Array:
+    def of_floats(floats: list[jax.Array]) -> tuple[jax.Array, PyTree]:
         floats_ = iter(floats)
-        merged = [next(floats_) if r else x for r, x in zip(real, leaves, strict=True)]
-        return jnp.asarray(objective(key, space.fill(jax.tree.unflatten(treedef, merged))), working_dtype())
+        return loss(jax.tree.unflatten(treedef, [next(floats_) if r else x for r, x in zip(real, leaves, strict=True)]))
 
-    value, slopes = jax.value_and_grad(loss)([x for r, x in zip(real, leaves, strict=True) if r])
+    out, slopes = jax.value_and_grad(of_floats, has_aux=True)([x for r, x in zip(real, leaves, strict=True) if r])
     slopes_ = iter(slopes)
     gradient = [next(slopes_) if r else jnp.zeros_like(x) for r, x in zip(real, leaves, strict=True)]
-    return value, jax.tree.unflatten(treedef, gradient)
+    return out, jax.tree.unflatten(treedef, gradient)
 
 
 class Raw(NamedTuple):
@@ -273,6 +279,19 @@ def _training(
         bank, _ = jax.lax.scan(move, bank, (rows, moves))
         return bank, rows._replace(source=jnp.where(moves, rows.slot, rows.source))
 
+    def end(key: jax.Array, state: PyTree, hparams: PyTree, reached: jax.Array) -> tuple[jax.Array, PyTree, PyTree]:
+        """The loss of one trial, its training state and the gradient, after the steps that the gradient is through."""
+
+        def loss(hparams: PyTree) -> tuple[jax.Array, PyTree]:
+            step = lambda s, i: (raw.step(key, s, hparams, reached + i + 1), None)  # noqa: E731
+            after, _ = jax.lax.scan(step, state, jnp.arange(method.lookback)) if method.lookback else (state, None)
+            return raw.evaluate(after, hparams), after
+
+        if not method.uses_gradients:
+            return *loss(hparams), None
+        (value, after), gradient = _with_gradient(loss, hparams)
+        return value, after, gradient
+
     def chunk(carry: tuple[Bank, Incumbent], rows: _Row) -> tuple[tuple[Bank, Incumbent], Told]:
         keys, hparams = spread((rows.key, rows.hparams))
         fresh = rows.source < 0
@@ -294,24 +313,28 @@ def _training(
             def step(i: jax.Array, states: PyTree) -> PyTree:
                 return spread(jax.vmap(raw.step)(keys, states, hparams, before + i + 1))
 
-            states = jax.lax.fori_loop(0, jnp.max(rows.steps), step, states)
-            losses = jax.vmap(raw.evaluate)(states, hparams)
-            states, losses, reached = copied((states, losses, before + rows.steps))
+            unseen = jnp.max(rows.steps) - method.lookback
+            states = jax.lax.fori_loop(0, unseen, step, states)
+            losses, states, gradients = jax.vmap(end)(keys, states, hparams, before + unseen)
+            states, losses, reached = copied((spread(states), losses, before + rows.steps))
             keep = lambda record, row: record.at[slot].set(row, mode="drop")  # noqa: E731
             bank = jax.tree.map(keep, bank, Bank(states, reached, rows.id))
             bank = bank._replace(states=spread(bank.states))
-            standing = jnp.where(rows.active, ranked(losses), jnp.inf)
+            soft = method.space.soft(rows.hparams) if method.uses_gradients else None
+            counts = rows.active if soft is None else rows.active & ~soft
+            standing = jnp.where(counts, ranked(losses), jnp.inf)
             winner = jnp.argmin(standing)
             better = standing[winner] < incumbent.loss
             take = lambda new, old: jnp.where(better, new[winner], old)  # noqa: E731
             incumbent = Incumbent(
                 jnp.where(better, standing[winner], incumbent.loss), jax.tree.map(take, states, incumbent.state)
             )
-            return (bank, incumbent), Told(losses, reached, parent)
+            return (bank, incumbent), Told(losses, reached, parent, gradients)
 
         def idle(carry: tuple[Bank, Incumbent]) -> tuple[tuple[Bank, Incumbent], Told]:
             nothing = jnp.zeros(width, jnp.int32)
-            return carry, Told(jnp.full(width, jnp.nan, dtype), nothing, nothing - 1)
+            gradients = jax.tree.map(jnp.zeros_like, hparams) if method.uses_gradients else None
+            return carry, Told(jnp.full(width, jnp.nan, dtype), nothing, nothing - 1, gradients)
 
         return jax.lax.cond((rows.steps > 0).any(), train, idle, carry)
 

@@ -118,6 +118,8 @@ class Method(NamedTuple):
     """whether `tell` wants the gradients of the losses"""
     reserve: Callable = keep
     """(state, capacity) -> state with room for that many told trials"""
+    lookback: int = 0
+    """training steps that gradients reach back through, where trials carry steps: at most those of an ask"""
 
 
 def endless(method: Any, example: str, slots: str, rounds: str) -> Method:

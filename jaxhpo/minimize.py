@@ -18,6 +18,7 @@ from jaxhpo.checks import whole
 from jaxhpo.device import Device
 from jaxhpo.digest import canonical, digest
 from jaxhpo.external import External, Host
+from jaxhpo.gradient import Unrolled, find_nonfinite
 from jaxhpo.method import Method
 from jaxhpo.problem import check, check_call
 from jaxhpo.processes import Alone, Together, processes_of
@@ -145,9 +146,16 @@ def minimize(
     else:
         driver = Device(problem, method, key, budget, lanes=lanes, mesh=mesh, initial=given)
     try:
-        return _Shell(driver, method, budget, given, store, callbacks, processes, started).run(progress)
+        result = _Shell(driver, method, budget, given, store, callbacks, processes, started).run(progress)
+    except AllTrialsFailed as error:
+        culprit = _culprit(problem, method, key, error.result.trials)
+        if culprit:
+            error.add_note(culprit)
+        raise
     finally:
         driver.close()
+    _warn_of_gradients(result.trials, functools.partial(_culprit, problem, method, key, result.trials))
+    return result
 
 
 def _typed(key: jax.Array) -> jax.Array:
@@ -280,23 +288,40 @@ class _Shell:
                 "are in this error's .result",
                 result,
             )
-        _warn_of_gradients(result.trials)
         return result
 
 
-def _warn_of_gradients(records: Records) -> None:
-    """Warns of gradients that are of no use although the losses are."""
+def _culprit(problem: Any, method: Method, key: jax.Array, records: Records) -> str:
+    """What was not finite in the first trial of unrolled training that failed, or whose gradient did; else ""."""
+    norms = np.zeros(len(records.id)) if records.gradient_norm is None else records.gradient_norm
+    rows = np.flatnonzero((records.failed | np.isinf(norms)) & (records.round >= 0))
+    if not isinstance(problem, Unrolled) or not len(rows):
+        return ""
+    row, trials_key = rows[0], jax.random.split(key)[1]
+    hparams = method.space.fill(jax.tree.map(lambda x: jax.numpy.asarray(x[row]), records.hparams))
+    try:
+        found = find_nonfinite(problem, hparams, key=jax.random.fold_in(trials_key, records.id[row]))
+    except (TypeError, jax.errors.JaxRuntimeError):  # no float to look along, or no memory for the way back
+        return ""
+    return f"in trial {records.id[row]}, {found}" if found else ""
+
+
+def _warn_of_gradients(records: Records, culprit: Callable[[], str]) -> None:
+    """Warns of gradients that are of no use, and of descents that left the numbers that are finite."""
     if records.gradient_norm is None:
         return
     norms, losses = records.gradient_norm[~records.failed], records.loss[~records.failed]
     if np.isnan(norms).all():
         return
-    lost = int(np.isinf(norms).sum())
-    if lost:
-        warnings.warn(
-            f"{lost} of {len(losses)} trials had a finite loss but a gradient that is NaN or infinite; {REMEDY}",
-            stacklevel=4,
-        )
+    lost, failed = int(np.isinf(norms).sum()), int(records.failed.sum())
+    where = culprit() if lost or failed else ""
+    if lost or where:
+        counts = [
+            f"{lost} of {len(losses)} trials had a finite loss but a gradient that is NaN or infinite" * bool(lost),
+            f"{failed} of {len(records.loss)} trials had no finite loss" * bool(failed),
+            where,
+        ]
+        warnings.warn("; ".join([*filter(None, counts), REMEDY]), stacklevel=3)
         return
     # In the unit cube a slope as large as the losses goes through all of them from one end of a parameter to the other.
     steep = np.nanmax(norms) / max(float(np.ptp(losses) + np.median(np.abs(losses))), np.finfo(losses.dtype).tiny)
@@ -304,7 +329,7 @@ def _warn_of_gradients(records: Records) -> None:
         warnings.warn(
             f"gradients explode: the largest is {np.nanmax(norms):.3g} by the unit cube, {steep:.2g} times the range "
             f"of the losses; {REMEDY}",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -9,7 +9,7 @@ from tests import contract
 
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000
-QUICK = ("bandit", "exhaustive", "gradient", "population", "sequential", "stochastic", "test_contract.py")
+QUICK = ("automl", "bandit", "exhaustive", "gradient", "population", "sequential", "stochastic", "test_contract.py")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -22,6 +22,15 @@ def _quick_compiles(request):
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def optimized():
+    """Programs of this test are compiled as a user's are: what they cost is what is tested."""
+    was = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", was)
 
 
 @pytest.fixture(autouse=True)

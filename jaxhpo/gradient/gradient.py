@@ -3,20 +3,20 @@
 Maclaurin, Duvenaud and Adams (2015), Gradient-based hyperparameter optimization through reversible learning: descent
 along hypergradients, also in thousands of hyperparameters. Franceschi et al. (2017), Forward and reverse gradient-based
 hyperparameter optimization. Liu, Simonyan and Yang (2019), DARTS: differentiable architecture search, for choices that
-are relaxed to softmax weights. Where the descent happens is said in `jaxhpo/gradient/coordinates.py`.
+are relaxed to softmax weights. Where the descent happens is said in `jaxhpo/coordinates.py`.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxhpo import coordinates as at
 from jaxhpo.checks import real, whole
 from jaxhpo.draws import bits, uniform
-from jaxhpo.gradient import coordinates as at
 from jaxhpo.method import (
     Count,
     Initializer,
@@ -30,6 +30,7 @@ from jaxhpo.method import (
     where_rows,
 )
 from jaxhpo.space import Space, working_dtype
+from jaxhpo.steppers import Parts, parts_of, stepper
 from jaxhpo.variation import best_rows, latin_hypercube
 
 
@@ -99,33 +100,6 @@ def worst(state: State, anneals: bool) -> jax.Array:
     starts, rank = state.best.shape[0], ranks(state.best)
     is_worst = (rank >= starts - jnp.round(state.settings.replaced * starts)) & (rank > 0)
     return is_worst & (state.age >= state.settings.patience + (state.settings.anneal if anneals else 0))
-
-
-class Parts(NamedTuple):
-    """What an optimizer is made of: equal for the same object, so that what is compiled is shared."""
-
-    init: Callable
-    update: Callable
-    takes_loss: bool
-    """whether `update` takes more than gradients, such as `value`"""
-
-
-@functools.lru_cache(maxsize=256)
-def stepper(parts: Parts) -> tuple[Callable, Callable]:
-    """An optimizer for many vectors, each on its own.
-
-    Returns:
-      `begin(points)`, its states, and `step(points, states, gradients, losses)`, the steps and the states after them;
-      all with a leading axis.
-    """
-
-    def step(point: jax.Array, state: PyTree, gradient: jax.Array, loss: jax.Array) -> tuple[jax.Array, PyTree]:
-        more = {"value": loss, "grad": gradient} if parts.takes_loss else {}
-        updates, after = parts.update(gradient, state, point, **more)
-        same = lambda new, old: jnp.asarray(new, jnp.asarray(old).dtype)  # noqa: E731
-        return updates, jax.tree.map(same, after, state)
-
-    return jax.vmap(parts.init), jax.vmap(step)
 
 
 @functools.lru_cache(maxsize=256)
@@ -221,18 +195,6 @@ def _functions(space: Space, starts: int, halving: int, parts: Parts) -> tuple[C
         )
 
     return init, ask, tell
-
-
-def parts_of(optimizer: Any) -> Parts:
-    """What an optax optimizer is made of.
-
-    Raises:
-      TypeError: it is none.
-    """
-    init, update = getattr(optimizer, "init", None), getattr(optimizer, "update", None)
-    if not callable(init) or not callable(update):
-        raise TypeError(f"optimizer must be an optax optimizer, got {optimizer!r}; say optax.adam(0.05)")
-    return Parts(init, update, isinstance(optimizer, optax.GradientTransformationExtraArgs))
 
 
 def gradient(

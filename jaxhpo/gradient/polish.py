@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxhpo import coordinates as at
 from jaxhpo.checks import real, whole
-from jaxhpo.gradient import coordinates as at
-from jaxhpo.gradient.gradient import Parts, parts_of, stepper
 from jaxhpo.method import (
     Count,
     Initializer,
@@ -32,6 +31,7 @@ from jaxhpo.method import (
     where_rows,
 )
 from jaxhpo.space import Space, working_dtype
+from jaxhpo.steppers import Parts, parts_of, stepper
 
 
 class Settings(NamedTuple):

@@ -189,6 +189,7 @@ def test_truncated_is_reverse_from_a_later_state():
     assert abs(part["lr"] - exact["lr"]) > 0.05
 
 
+@pytest.mark.usefixtures("optimized")
 def test_forward_has_derivatives_along_directions_and_none_in_evaluation():
     objective = hpo.unroll(mixed(), 10, hpo.Forward())
     of = lambda lr: objective(KEY, HPARAMS | {"lr": lr})  # noqa: E731
@@ -254,6 +255,7 @@ def network(steps, adjoint):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("optimized")
 def test_memory():
     none = network(1600, hpo.Reverse())
     few, many = network(400, hpo.Reverse("sqrt")), network(1600, hpo.Reverse("sqrt"))

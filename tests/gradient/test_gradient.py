@@ -139,7 +139,7 @@ def test_relaxed_choices_are_soft_then_one_option_and_only_that_can_be_best():
 
 
 def test_the_slope_of_a_logit_is_that_of_the_softmax():
-    from jaxhpo.gradient import coordinates as at
+    from jaxhpo import coordinates as at
 
     space = hpo.Space(
         {
@@ -355,6 +355,30 @@ def test_exploding_and_broken_gradients_are_named():
     with pytest.warns(UserWarning, match="8 of 8 trials had a finite loss but a gradient that is NaN.*eps_root"):
         result = minimize(lambda key, h: h["x"] + jnp.sqrt(0 * h["x"]), method, trials=8)
     assert np.isinf(result.gradient_norms).all()
+
+
+def test_the_step_of_a_number_that_is_not_finite_is_named():
+    # Of 1, 1 + x, 1 + 2x, ... the first below 0 has no root.
+    roots = hpo.Trainable(
+        lambda key, h: {"x": jnp.ones(())},
+        lambda key, s, h: {"x": s["x"] + h["x"] + 0 * jnp.sqrt(s["x"] + h["x"])},
+        lambda s, h: s["x"] ** 2,
+    )
+    method = hpo.gradient({"x": hpo.Float(-0.2, 0.1)}, ADAM, starts=8)
+    with pytest.warns(UserWarning, match="trials had no finite loss; in trial") as seen:
+        result = minimize(hpo.unroll(roots, 9), method, trials=8)
+    failed = np.flatnonzero(np.isnan(result.trials.loss))
+    step = int(np.ceil(1 / -result.trials.hparams["x"][failed[0]]))
+    assert 0 < len(failed) < 8 and f"{len(failed)} of 8 trials" in str(seen[0].message)
+    assert f"in trial {failed[0]}, the value of train_state['x'] is the first that is not finite, in step {step};" in (
+        str(seen[0].message)
+    )
+    method = hpo.gradient({"x": hpo.Float(-0.5, -0.4)}, ADAM, starts=2)
+    with pytest.raises(hpo.AllTrialsFailed) as raised:
+        minimize(hpo.unroll(roots, 9), method, trials=2)
+    assert "in trial 0, the value of train_state['x'] is the first that is not finite, in step 3" in (
+        raised.value.__notes__
+    )
 
 
 def test_a_resumed_study_is_the_same_and_another_optimizer_another_study(tmp_path):

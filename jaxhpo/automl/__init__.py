@@ -1,0 +1,5 @@
+"""Search for the structure itself."""
+
+from jaxhpo.automl.darts import darts
+
+__all__ = ["darts"]
