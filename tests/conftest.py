@@ -1,5 +1,8 @@
 """What all tests share."""
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -7,9 +10,19 @@ import pytest
 
 from tests import contract
 
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000
 QUICK = ("automl", "bandit", "exhaustive", "gradient", "population", "sequential", "stochastic", "test_contract.py")
+
+
+def pytest_configure(config):
+    """What one worker, or a process that a test starts, has compiled, the others read."""
+    if CACHE not in os.environ:
+        os.environ |= {CACHE: tempfile.mkdtemp(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(CACHE), ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(autouse=True, scope="module")

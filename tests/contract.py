@@ -163,6 +163,8 @@ def rig(name: str, space: str = "mixed") -> Rig:
             traced[which] += 1
             return getattr(method, which)(*args)
 
+        # By its name a program is found again in the cache of those that were compiled.
+        function.__name__ = which
         return jax.jit(function)
 
     return Rig(case, method, counted("init"), counted("ask"), counted("tell"), traced)

@@ -35,8 +35,15 @@ def test_arguments_have_the_names_of_the_contract(name):
     assert method.batch >= 1 and method.slots >= 0 and (method.rounds is None or method.rounds >= 1)
 
 
-@every_method
-@pytest.mark.parametrize("space", [pytest.param(s, marks=pytest.mark.smoke if s == "mixed" else ()) for s in SPACES])
+# A variant shares its spaces with the method itself.
+IN_SPACES = [
+    pytest.param(name, space, marks=pytest.mark.smoke if space == "mixed" else ())
+    for name in NAMES
+    for space in (("mixed", "conditional") if "-" in name else SPACES)
+]
+
+
+@pytest.mark.parametrize("name, space", IN_SPACES)
 def test_asks_keep_the_contract_in_every_space(name, space):
     r = rig(name, space)
     rounds = range(6 if r.method.rounds is None else r.method.rounds + 2)

@@ -228,7 +228,7 @@ def darts(
     searches: int = 4,
     retrain: int | None = None,
     guard: str | None = "early_stopping",
-    skip: object = "skip",
+    skip: object = "skip_connect",
     warm_up: float = 0.25,
     most: float = 2,
     dropout: float = 0.5,

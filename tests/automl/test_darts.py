@@ -11,7 +11,7 @@ from jaxhpo.lanes import make_lanes
 from jaxhpo.method import trial_keys
 
 KEY = jax.random.key(0)
-OPTIONS = ("none", "skip", "double")
+OPTIONS = ("none", "skip_connect", "double")
 SPACE = hpo.Space({"edges": [hpo.Categorical(OPTIONS, relaxed=True) for _ in range(3)], "lr": hpo.Float(0.01, 0.2)})
 X = jnp.linspace(-1, 1, 8)
 
@@ -170,7 +170,7 @@ def broken(slope):
 
 
 def test_a_search_begins_where_the_user_says():
-    point = {"edges": ["double", "none", "skip"], "lr": 0.15}
+    point = {"edges": ["double", "none", "skip_connect"], "lr": 0.15}
     method = hpo.darts(SPACE, max_steps=4, searches=2)
     run = hpo.study(RACE, method, initial=[point])
     trials = jax.jit(run)(KEY)[1].trials
