@@ -21,6 +21,7 @@ from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
 # How it is searched.
+from jaxhpo.automl import regularized_evolution
 from jaxhpo.bandit import (
     ExtrapolationRule,
     MedianRule,
@@ -100,6 +101,7 @@ __all__ = [
     "polish",
     "quasirandom",
     "random",
+    "regularized_evolution",
     "replay",
     "select_optimizer",
     "study",

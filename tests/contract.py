@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 import jaxhpo as hpo
+from jaxhpo.automl import regularized_evolution
 from jaxhpo.bandit import (
     ExtrapolationRule,
     MedianRule,
@@ -91,6 +92,7 @@ CASES = [
     Case("pbt", lambda space: pbt(space, population=5, every=3)),
     Case("pbt-gp", lambda space: pbt(space, population=5, every=3, explore="gp"), chaotic=True),
     Case("polish", lambda space: polish(genetic(space, population=6, batch=5), ADAM, every=2)),
+    Case("regularized_evolution", lambda space: regularized_evolution(space, population=7, sample=3, batch=5)),
     Case("tpe", lambda space: tpe(space, startup=5, candidates=8, batch=5)),
     Case("tpe-univariate", lambda space: tpe(space, multivariate=False, startup=5, candidates=8, batch=5)),
 ]
