@@ -21,7 +21,7 @@ from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
 # How it is searched.
-from jaxhpo.automl import regularized_evolution
+from jaxhpo.automl import ppo, regularized_evolution, reinforce
 from jaxhpo.bandit import (
     ExtrapolationRule,
     MedianRule,
@@ -99,9 +99,11 @@ __all__ = [
     "particle_swarm",
     "pbt",
     "polish",
+    "ppo",
     "quasirandom",
     "random",
     "regularized_evolution",
+    "reinforce",
     "replay",
     "select_optimizer",
     "study",

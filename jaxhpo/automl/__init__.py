@@ -1,5 +1,7 @@
 """Search for the structure itself, and agents that learn to tune."""
 
+from jaxhpo.automl.ppo import ppo
 from jaxhpo.automl.regularized_evolution import regularized_evolution
+from jaxhpo.automl.reinforce import reinforce
 
-__all__ = ["regularized_evolution"]
+__all__ = ["ppo", "regularized_evolution", "reinforce"]

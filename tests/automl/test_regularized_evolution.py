@@ -124,10 +124,7 @@ def test_evolution_finds_what_random_search_does_not():
     loss = lambda level: (level != [0, 4, 2, 1, 3, 0]).sum(-1)  # noqa: E731
     best = {
         sample: np.mean(
-            [
-                loss(run(regularized_evolution(CELL, population=20, sample=sample), 150, loss, s)).min()
-                for s in range(5)
-            ]
+            [loss(run(regularized_evolution(CELL, population=20, sample=sample), 150, loss, s)).min() for s in range(5)]
         )
         for sample in (1, 5)
     }
