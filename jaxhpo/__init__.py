@@ -21,7 +21,7 @@ from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
 # How it is searched.
-from jaxhpo.automl import ppo, regularized_evolution, reinforce
+from jaxhpo.automl import controlled, controller, ppo, regularized_evolution, reinforce
 from jaxhpo.bandit import (
     ExtrapolationRule,
     MedianRule,
@@ -82,6 +82,8 @@ __all__ = [
     "bohb",
     "check_gradient",
     "cma_es",
+    "controlled",
+    "controller",
     "coordinate_descent",
     "dehb",
     "differential_evolution",

@@ -1,7 +1,8 @@
 """Search for the structure itself, and agents that learn to tune."""
 
+from jaxhpo.automl.controller import controlled, controller
 from jaxhpo.automl.ppo import ppo
 from jaxhpo.automl.regularized_evolution import regularized_evolution
 from jaxhpo.automl.reinforce import reinforce
 
-__all__ = ["ppo", "regularized_evolution", "reinforce"]
+__all__ = ["controlled", "controller", "ppo", "regularized_evolution", "reinforce"]
