@@ -2,11 +2,11 @@
 
     python benchmarks/controller.py
 
-An MLP of 64-64-64-10 (leaky ReLU) on scikit-learn's digits, gradient descent with momentum 0.9 on batches of 64, rates
-from 0.001 to 10, of which the high ones diverge. The agent learns on keys of its own; the best of 100 constant rates and
-of 100 pairs of peak and warm-up of a cosine are chosen by their mean loss on other keys (`--repeats` of them). All train
-20 networks with keys that are new to them, initialisation and batches, and are compared by the validation loss at the
-end: the intervals are those of Student's t over the pairs.
+An MLP of 64-64-64-10 (leaky ReLU) on scikit-learn's digits, gradient descent with momentum 0.9 on batches of 64,
+rates from 0.001 to 10, of which the high ones diverge. The agent learns on keys of its own; the best of 100 constant
+rates and of 100 pairs of peak and warm-up of a cosine are chosen by their mean loss on other keys (`--repeats` of
+them). All train 20 networks with keys that are new to them, initialisation and batches, and are compared by the
+validation loss at the end: the intervals are those of Student's t over the pairs.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def run(options, seed):
     ends = (np.asarray(trace.reached) == steps) & ~diverged
     parts = [x[on] for x, on in zip(*(np.array_split(a, 10) for a in (trace.losses, ends)), strict=True)]
     print(
-        f"seed {seed}: the agent learned from {int(trace.trials.id.max()) + 1} runs in {done - middle:.0f} s (compiling "
-        f"{middle - begun:.0f} s); {diverged.mean():.1%} of the stretches diverged, "
+        f"seed {seed}: the agent learned from {int(trace.trials.id.max()) + 1} runs in {done - middle:.0f} s "
+        f"(compiling {middle - begun:.0f} s); {diverged.mean():.1%} of the stretches diverged, "
         f"{diverged[-steps:].mean():.1%} of the last"
     )
     print("  their median loss at the end:", " ".join(f"{np.median(x):.3f}" for x in parts if x.size))
