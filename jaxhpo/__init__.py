@@ -21,7 +21,7 @@ from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
 # How it is searched.
-from jaxhpo.automl import darts
+from jaxhpo.automl import controlled, controller, darts, ppo, regularized_evolution, reinforce
 from jaxhpo.bandit import (
     ExtrapolationRule,
     MedianRule,
@@ -82,6 +82,8 @@ __all__ = [
     "bohb",
     "check_gradient",
     "cma_es",
+    "controlled",
+    "controller",
     "coordinate_descent",
     "darts",
     "dehb",
@@ -100,8 +102,11 @@ __all__ = [
     "particle_swarm",
     "pbt",
     "polish",
+    "ppo",
     "quasirandom",
     "random",
+    "regularized_evolution",
+    "reinforce",
     "replay",
     "select_optimizer",
     "study",

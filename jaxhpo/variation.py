@@ -146,6 +146,47 @@ def another_level(space: Space, unit: jax.Array, uniform: jax.Array) -> jax.Arra
     return unit.at[..., has_levels].set(moved)
 
 
+def polynomial_mutation(x: jax.Array, uniform: jax.Array, eta: jax.Array) -> jax.Array:
+    """Coordinates in [0, 1] moved by a polynomial of degree `eta` that ends at the bounds; inward from a bound.
+
+    Deb and Goyal (1996), A combined genetic adaptive search (GeneAS) for engineering design.
+    """
+    outward = ((x <= 0) & (uniform < 0.5)) | ((x >= 1) & (uniform > 0.5))
+    u = jnp.where(outward, 1 - uniform, uniform)
+    is_down = u < 0.5
+    tail, room = jnp.where(is_down, 2 * u, 2 * (1 - u)), jnp.where(is_down, 1 - x, x)
+    step = 1 - (tail + (1 - tail) * room ** (eta + 1)) ** (1 / (eta + 1))
+    return jnp.clip(jnp.where(is_down, x - step, x + step), 0, 1)
+
+
+def mutate(space: Space, unit: jax.Array, at: jax.Array, uniform: jax.Array, eta: jax.Array) -> jax.Array:
+    """Points mutated in at most one dim: reals by a polynomial, integers too but by a level at least, others anyhow.
+
+    Args:
+      space: whose dims they are.
+      unit: float[n, dims] in [0, 1].
+      at: bool[n, dims], at most one dim in a row.
+      uniform: float[n] in (0, 1).
+      eta: float[], distribution index.
+    """
+    x = jnp.where(at, unit, 0).sum(-1)
+    y = polynomial_mutation(x, uniform, eta)
+    moved = jnp.where(at, y[:, None], unit)
+    has_levels = np.flatnonzero(space.levels)
+    if not has_levels.size:
+        return moved
+    number, before = space.levels[has_levels].astype(np.int32), space.level(unit)
+    step = jnp.where((y > x)[:, None], 1, -1)
+    step = jnp.where((before + step < 0) | (before + step >= number), -step, step)
+    near = space.middle(jnp.clip(before + step, 0, number - 1))
+    is_stuck = at[:, has_levels] & (space.level(moved) == before)
+    moved = moved.at[:, has_levels].set(jnp.where(is_stuck, near, moved[:, has_levels]))
+    if not space.categorical.any():
+        return moved
+    jumped = another_level(space, unit, jnp.broadcast_to(uniform[:, None], unit.shape))
+    return jnp.where(at & space.categorical, jumped, moved)
+
+
 def best_rows(member: jax.Array, losses: jax.Array, active: jax.Array, members: int) -> tuple[jax.Array, jax.Array]:
     """The best of the told rows of every member, the first of equals.
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import jaxhpo as hpo
-from jaxhpo.automl import darts
+from jaxhpo.automl import controller, darts, ppo, regularized_evolution, reinforce
 from jaxhpo.bandit import (
     ExtrapolationRule,
     MedianRule,
@@ -93,6 +93,10 @@ CASES = [
     Case("pbt-gp", lambda space: pbt(space, population=5, every=3, explore="gp"), chaotic=True),
     Case("polish", lambda space: polish(genetic(space, population=6, batch=5), ADAM, every=2)),
     Case("darts", lambda space: darts(space, max_steps=6, every=2, searches=5)),
+    Case("regularized_evolution", lambda space: regularized_evolution(space, population=7, sample=3, batch=5)),
+    Case("controller", lambda space: controller(space, every=3, max_steps=6, hidden=4, epochs=2, batch=5)),
+    Case("reinforce", lambda space: reinforce(space, batch=5)),
+    Case("ppo-autoregressive", lambda space: ppo(space, policy="autoregressive", hidden=4, epochs=2, batch=5)),
     Case("tpe", lambda space: tpe(space, startup=5, candidates=8, batch=5)),
     Case("tpe-univariate", lambda space: tpe(space, multivariate=False, startup=5, candidates=8, batch=5)),
 ]

@@ -13,13 +13,11 @@ from jaxhpo.population import genetic
 from jaxhpo.population.genetic import (
     blend,
     linear_rank,
-    mutate,
-    polynomial_mutation,
     recombine,
     simulated_binary,
     tournament,
 )
-from jaxhpo.variation import collapsed
+from jaxhpo.variation import collapsed, mutate, polynomial_mutation
 
 REALS = {"x": hpo.Array(5, -5.0, 5.0)}
 CATEGORICAL = {"a": hpo.Categorical(("x", "y", "z")), "b": hpo.Categorical((0.5, 1.5, 4.0)), "c": hpo.Int(1, 4)}

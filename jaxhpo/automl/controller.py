@@ -1,0 +1,382 @@
+"""A controller: an agent that learns to set hyperparameters while networks train.
+
+Every lane is an environment, a stretch of training steps what an action does, and the reward the fall of the logarithm
+of the validation loss. What is learned is a policy that acts on learning curves, to be used on training runs that it
+has not seen: `controlled`. Daniel, Taylor and Nowozin (2016), Learning step size controllers for robust neural network
+training; Xu, Dai, Kemp and Metz (2019), Learning an adaptive learning rate schedule. It learns by proximal policy
+optimization, as `jaxhpo.automl.agent` says.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxhpo.automl.agent import (
+    CURVE,
+    Curve,
+    Rollout,
+    act,
+    agent_loss,
+    begun,
+    features,
+    generalized_advantages,
+    hidden_of,
+    in_order,
+    network,
+    outputs_and_value,
+    seen,
+)
+from jaxhpo.automl.policies import log_probs
+from jaxhpo.automl.policy_search import SAME
+from jaxhpo.checks import real, whole
+from jaxhpo.draws import bits, uniform
+from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, count, failed
+from jaxhpo.space import Space, working_dtype
+from jaxhpo.trainable import Trainable
+
+MOST_STEPS = 2**31 - 1
+
+
+class Settings(NamedTuple):
+    """Numeric settings of a controller, float[] each."""
+
+    learning_rate: jax.Array
+    """of Adam"""
+    discount: jax.Array
+    """of rewards, for every stretch"""
+    trace: jax.Array
+    """lambda: of errors of the value, for every stretch"""
+    clip: jax.Array
+    """of the ratio of probabilities"""
+    entropy: jax.Array
+    """weight of the policy's entropy"""
+    penalty: jax.Array
+    """for a failure; no reward is below its negative"""
+
+
+class Lanes(NamedTuple):
+    """The training runs, arrays [batch]."""
+
+    curve: Curve
+    trial: jax.Array
+    """i32: number in the order of all starts, -1 before the first"""
+    told: jax.Array
+    """i32: round of the last loss told, -1 where the trial has none yet"""
+    failed: jax.Array
+    """bool: whether that was not finite"""
+
+
+class State(NamedTuple):
+    """State of a controller."""
+
+    params: PyTree
+    """of the agent's network: what `controlled` takes"""
+    optimizer: optax.OptState
+    lanes: Lanes
+    rollout: Rollout
+    started: jax.Array
+    """i32[]: trials started so far"""
+    settings: Settings
+    round: Count
+    told: Count
+    """i32[]: rows told so far, padding included"""
+
+
+class Row(NamedTuple):
+    """What a row of an ask remembers, arrays [batch]."""
+
+    lane: jax.Array
+    """i32"""
+    trial: jax.Array
+    """i32: number in the order of all starts"""
+    round: jax.Array
+    """i32: the ask"""
+    curve: Curve
+    """what was seen before"""
+    unit: jax.Array
+    """float[batch, dims]: as it was drawn"""
+    log_prob: jax.Array
+    """float[batch]"""
+
+
+def fresh_where(new: jax.Array, curve: Curve, space: Space) -> Curve:
+    """Curves of which those that are `new`, bool[n], begin."""
+    start = begun(space, new.shape[0])
+    pick = lambda a, b: jnp.where(new.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
+    return jax.tree.map(pick, start, curve)
+
+
+@functools.lru_cache(maxsize=256)
+def _functions(
+    space: Space, every: int, intervals: int, horizon: int, hidden: int, epochs: int, batch: int
+) -> tuple[Callable, Callable, Callable]:
+    n, net, adam = batch, network(space, hidden), optax.scale_by_adam()
+    see = functools.partial(features, space, intervals=intervals)
+
+    def init(key: jax.Array, settings: Settings) -> State:
+        dtype = working_dtype()
+        params = net.init(key, jnp.zeros((1, CURVE + space.dims), dtype))
+        nobody = jnp.full(n, -1, jnp.int32)
+        zeros = lambda *shape: jnp.zeros((horizon, n, *shape), dtype)  # noqa: E731
+        nothing = jnp.full((horizon, n), -1, jnp.int32)
+        seen_, unit = zeros(CURVE + space.dims), zeros(space.dims) + 0.5
+        return State(
+            params=params,
+            optimizer=adam.init(params),
+            lanes=Lanes(begun(space, n), nobody, nobody, jnp.zeros(n, bool)),
+            rollout=Rollout(seen_, seen_, unit, zeros(), zeros(), jnp.zeros((horizon, n), bool), nothing, nothing),
+            started=jnp.int32(0),
+            settings=settings,
+            round=count(),
+            told=count(),
+        )
+
+    def ask(key: jax.Array, state: State, pending: Trials | None = None) -> tuple[Trials, State]:
+        del pending
+        lanes, now = state.lanes, state.round.value
+        new = (lanes.trial < 0) | lanes.failed | (lanes.curve.interval >= intervals)
+        curve = fresh_where(new, lanes.curve, space)
+        outputs, _ = outputs_and_value(net, state.params, see(curve))
+        unit = act(space, outputs, uniform(bits(key, (n, space.dims))))
+        trial = jnp.where(new, state.started + jnp.cumsum(new, dtype=jnp.int32) - 1, lanes.trial)
+        slot = jnp.arange(n, dtype=jnp.int32)
+        trials = Trials(
+            hparams=space.decode(unit),
+            unit=unit,
+            id=trial,
+            steps=jnp.full(n, every, jnp.int32),
+            source=jnp.where(new, -1, slot),
+            slot=slot,
+            active=jnp.ones(n, bool),
+            aux=Row(slot, trial, jnp.full(n, now), curve, unit, log_probs(space, outputs, unit).sum(-1)),
+        )
+        # Until its loss is told, a run is where it was but for the stretch behind it.
+        asked = Lanes(
+            curve._replace(interval=curve.interval + 1, unit=unit),
+            trial,
+            jnp.where(new, -1, lanes.told),
+            jnp.zeros(n, bool),
+        )
+        started = state.started + new.sum(dtype=jnp.int32)
+        return trials, state._replace(lanes=asked, started=started, round=Count(now + 1))
+
+    def heard(lanes: Lanes, row: Row, curve: Curve, is_failed: jax.Array, trained: jax.Array) -> Lanes:
+        """The runs after their losses are told, in any order."""
+        owner = lanes.trial[row.lane]
+        mine = trained & ((owner == row.trial) | (owner < 0)) & (row.round >= lanes.told[row.lane])
+        told = lanes.told.at[jnp.where(mine, row.lane, n)].max(row.round, mode="drop")
+        at = jnp.where(mine & (row.round == told[row.lane]), row.lane, n)
+        put = lambda old, new: old.at[at].set(new.astype(old.dtype), mode="drop")  # noqa: E731
+        before = lanes.curve.interval
+        moved = jax.tree.map(put, Lanes(lanes.curve, lanes.trial, told, lanes.failed), Lanes(
+            curve, row.trial, row.round, is_failed
+        ))  # fmt: skip
+        # Stretches that were asked for since are behind it, too.
+        interval = jnp.maximum(before, moved.curve.interval)
+        return moved._replace(curve=moved.curve._replace(interval=interval))
+
+    def improved(state: State) -> State:
+        """After all epochs on the rollout, which is empty then."""
+        settings, rollout = state.settings, in_order(state.rollout)
+        on = rollout.round >= 0
+        value, next_value = (outputs_and_value(net, state.params, f)[1] for f in (rollout.features, rollout.after))
+        advantage = generalized_advantages(rollout, value, next_value, settings.discount, settings.trace)
+        target, rows = value + advantage, jnp.maximum(on.sum(), 1)
+        mean = jnp.where(on, advantage, 0).sum() / rows
+        deviation = jnp.sqrt(jnp.where(on, (advantage - mean) ** 2, 0).sum() / rows)
+        advantage = (advantage - mean) / (deviation + 1e-6)
+
+        def improve(carry: tuple, _: None) -> tuple[tuple, None]:
+            params, optimizer = carry
+            slope = jax.grad(
+                lambda p: agent_loss(space, net, p, rollout, advantage, target, settings.clip, settings.entropy)
+            )(params)
+            finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(slope)]).all()
+            step, then = adam.update(slope, optimizer)
+            moved = jax.tree.map(lambda p, s: p - settings.learning_rate * s, params, step)
+            return jax.tree.map(lambda a, b: jnp.where(finite & on.any(), a, b), (moved, then), carry), None
+
+        (params, optimizer), _ = lax.scan(improve, (state.params, state.optimizer), length=epochs)
+        empty = state.rollout._replace(round=jnp.full_like(state.rollout.round, -1))
+        return state._replace(params=params, optimizer=optimizer, rollout=empty)
+
+    def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
+        del gradients
+        row, settings = trials.aux, state.settings
+        # A row without steps is a result that was known beforehand: there is no training run to it.
+        trained, is_failed = trials.active & (trials.steps > 0), failed(losses)
+        unit = jnp.where(trained[:, None], trials.unit, 0.5).astype(row.unit.dtype)
+        curve = seen(row.curve, losses, unit)
+        reward = jnp.where(is_failed, -settings.penalty, jnp.maximum(row.curve.last - curve.last, -settings.penalty))
+        before = see(row.curve)
+        by_now = log_probs(space, outputs_and_value(net, state.params, before)[0], unit).sum(-1)
+        log_prob = jnp.where((jnp.abs(row.unit - unit) <= SAME).all(-1), row.log_prob, by_now)
+        ends = is_failed | (curve.interval >= intervals)
+        written = Rollout(before, see(curve), unit, log_prob, reward, ends, row.trial, row.round)
+        at = jnp.where(trained, row.round % horizon, horizon), row.lane
+        put = lambda old, new: old.at[at].set(new.astype(old.dtype), mode="drop")  # noqa: E731
+        told = state.told.value
+        after = state._replace(
+            lanes=heard(state.lanes, row, curve, is_failed, trained),
+            rollout=jax.tree.map(put, state.rollout, written),
+            started=jnp.maximum(state.started, jnp.max(jnp.where(trained, row.trial, -1)) + 1),
+            told=Count(told + losses.shape[0]),
+        )
+        full = (told + losses.shape[0]) // (horizon * n) > told // (horizon * n)
+        return lax.cond(full, improved, lambda state: state, after)
+
+    return init, ask, tell
+
+
+def controller(
+    space: PyTree,
+    *,
+    every: int,
+    max_steps: int,
+    horizon: int | None = None,
+    hidden: int = 32,
+    epochs: int = 10,
+    learning_rate: float = 3e-3,
+    discount: float = 1.0,
+    trace: float = 0.95,
+    clip: float = 0.2,
+    entropy: float = 0.003,
+    penalty: float = 5.0,
+    batch: int = 32,
+) -> Method:
+    """An agent that learns to set hyperparameters while networks train, by proximal policy optimization.
+
+    Every lane trains a network, `every` steps at a time. Before each stretch the agent sees the logarithm of its
+    validation loss, by how much that fell, the lowest one, the share of the budget that is gone, and the
+    hyperparameters that it has; it then draws those of the next stretch. Its reward is how much the logarithm of the
+    loss falls, so losses are to be positive. A run whose loss is not finite ends with a penalty; its lane, like one
+    that has trained `max_steps`, starts a new network. Only what `Trainable.step` reads of the hyperparameters at every
+    step can be controlled.
+
+    The policy is `state.params`, a pytree that `flax.serialization` saves; `controlled` trains by it. Known results,
+    which come without a training run, tell it nothing.
+
+    Args:
+      space: a pytree of parameters, or a `Space`: what is controlled.
+      every: training steps between two actions, at least 1.
+      max_steps: training steps of a run, a multiple of `every`.
+      horizon: asks that the agent learns from at once; those of one run if not given.
+      hidden: size of the two layers of policy and value, at least 1.
+      epochs: steps of Adam for each horizon, at least 1.
+      learning_rate: of Adam, in (0, 1].
+      discount: of rewards, for every stretch, in [0, 1].
+      trace: the lambda of generalised advantages, in [0, 1].
+      clip: of the ratio of probabilities, in (0, 1).
+      entropy: weight of the policy's entropy, at least 0.
+      penalty: for a failure, at least 0; a rise of the logarithm of the loss costs no more.
+      batch: networks that train side by side, at least 1; also the training states that are kept.
+
+    Returns:
+      A `Method` whose settings are learning_rate, discount, trace, clip, entropy and penalty.
+
+    Raises:
+      TypeError, ValueError: an argument is out of its range.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> descent = hpo.Trainable(
+      ...     init=lambda key, h: jax.random.normal(key, (2,)),
+      ...     step=lambda key, x, h: x - h["lr"] * x * jax.numpy.array([1.0, 4.0]),
+      ...     evaluate=lambda x, h: (x**2).sum(),
+      ... )
+      >>> space = {"lr": hpo.Float(0.01, 2.0, log=True)}
+      >>> method = hpo.controller(space, every=2, max_steps=10, batch=16)
+      >>> state, _ = jax.jit(hpo.study(descent, method, rounds=50))(jax.random.key(0))
+      >>> train = hpo.controlled(descent, space, state.params, every=2, max_steps=10)
+      >>> loss, schedule = train(jax.random.key(1))
+      >>> schedule["lr"].shape
+      (5,)
+
+    Reference:
+      Daniel, Taylor and Nowozin (2016), Learning step size controllers for robust neural network training. Schulman et
+      al. (2017), Proximal policy optimization algorithms.
+    """
+    space, batch = Space.of(space), whole("batch", batch, 1)
+    every, intervals = _intervals(every, max_steps)
+    horizon = intervals if horizon is None else whole("horizon", horizon, 1)
+    hidden, epochs = whole("hidden", hidden, 1), whole("epochs", epochs, 1)
+    values = (
+        real("learning_rate", learning_rate, 1e-7, 1, "0.003 is usual"),
+        real("discount", discount, 0, 1, "1 is usual, as runs end"),
+        real("trace", trace, 0, 1, "0.95 is usual"),
+        real("clip", clip, 1e-3, 0.999, "0.2 is usual"),
+        real("entropy", entropy, 0, 100, "0.003 is usual"),
+        real("penalty", penalty, 0, 1e6, "5 is usual"),
+    )
+    settings = Settings(*(jnp.asarray(value, working_dtype()) for value in values))
+    init, ask, tell = _functions(space, every, intervals, horizon, hidden, epochs, batch)
+    return Method("controller", space, settings, Initializer(init, settings), ask, tell, batch, slots=batch)
+
+
+def _intervals(every: int, max_steps: int) -> tuple[int, int]:
+    """`every`, and how many stretches a run has."""
+    every = whole("every", every, 1, most=MOST_STEPS)
+    max_steps = whole("max_steps", max_steps, 1, most=MOST_STEPS)
+    if max_steps % every:
+        enough = every * -(-max_steps // every)
+        raise ValueError(f"max_steps must be a multiple of every={every}, got {max_steps}; say {enough}")
+    return every, max_steps // every
+
+
+def controlled(trainable: Trainable, space: PyTree, params: PyTree, *, every: int, max_steps: int) -> Callable:
+    """Training whose hyperparameters a learned policy sets.
+
+    Args:
+      trainable: how a network trains; another task than that which the policy has learned on is allowed.
+      space: what the policy sets.
+      params: of the policy, from the state of a `controller` over this space, or as `flax.serialization` restores it.
+      every: training steps between two actions, at least 1.
+      max_steps: training steps, a multiple of `every`.
+
+    Returns:
+      A pure function `(key) -> (loss, schedule)`: `schedule` is shaped like the space, with a leading axis, the values
+      of every stretch. The policy takes its most probable actions. `key` is used as a trial's, so an objective of
+      `unroll` gets the same network from it.
+
+    Raises:
+      TypeError, ValueError: an argument is not what it should be.
+    """
+    if not isinstance(trainable, Trainable):
+        raise TypeError(f"trainable must be a Trainable, got {trainable!r}; a controller acts on training steps")
+    space = Space.of(space)
+    every, intervals = _intervals(every, max_steps)
+    net = network(space, hidden_of(params))
+    expected = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, CURVE + space.dims)))
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
+    if shapes(expected) != shapes(params):
+        raise ValueError(f"params are not of a controller over {space!r}; give its space, too")
+
+    def choose(curve: Curve) -> tuple[jax.Array, PyTree]:
+        outputs, _ = outputs_and_value(net, params, features(space, curve, intervals))
+        unit = act(space, outputs)
+        return unit, jax.tree.map(lambda x: x[0], space.decode(unit))
+
+    def run(key: jax.Array) -> tuple[jax.Array, PyTree]:
+        def stretch(carry: tuple, i: jax.Array) -> tuple[tuple, tuple]:
+            curve, state = carry
+            unit, hparams = choose(curve)
+            filled = space.fill(hparams)
+
+            def step(k: jax.Array, state: PyTree) -> PyTree:
+                return trainable.step(jax.random.fold_in(key, i * every + k + 1), state, filled)
+
+            state = lax.fori_loop(0, every, step, state)
+            loss = jnp.asarray(trainable.evaluate(state, filled), working_dtype())
+            return (seen(curve, loss[None], unit), state), (loss, hparams)
+
+        curve = begun(space, 1)
+        first = trainable.init(jax.random.fold_in(key, 0), space.fill(choose(curve)[1]))
+        _, (losses, schedule) = lax.scan(stretch, (curve, first), jnp.arange(intervals))
+        return losses[-1], schedule
+
+    return run
