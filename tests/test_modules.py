@@ -254,7 +254,7 @@ def test_dropout_only_in_training():
     [
         (MLP(3, 8, 2, width=9), X, "width must be integers from 1 to max_width=8, got 9"),
         (MLP(3, 8, 2, depth=0), X, "depth must be integers from 1 to max_depth=2, got 0"),
-        (MLP(3, 8, 2, width=jnp.array([1, 2, 3])), X, r"one for each of 2, got shape \(3,\)"),
+        (MLP(3, 8, 2, width=jnp.array([1, 2, 3])), X, r"width must be one value or have shape \(2,\)"),
         (CNN(3, 8, max_kernel=4), IMAGES, "max_kernel must be odd, got 4; use 5"),
         (CNN(3, 8, stages=4), IMAGES, r"stages must fit the image, got stages=4 for \(8, 9\)"),
         (CNN(3, 8, channels=2.5), IMAGES, "channels must be integers"),
