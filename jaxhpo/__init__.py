@@ -20,6 +20,9 @@ from jaxhpo.gradient import (
 from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
+# Architectures.
+from jaxhpo.automl import nas
+
 # How it is searched.
 from jaxhpo.bandit import (
     ExtrapolationRule,
@@ -95,6 +98,7 @@ __all__ = [
     "hyperband",
     "islands",
     "minimize",
+    "nas",
     "particle_swarm",
     "pbt",
     "polish",
