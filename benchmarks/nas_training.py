@@ -168,11 +168,11 @@ def contest(network, space, data, trials, steps, method, seed, again=8):
 
 
 def search(seeds, trials, steps, name):
-    size = {"population" if name == "genetic" else "batch": 16}
-    method = lambda space: getattr(hpo, name)(space, **size)  # noqa: E731
+    lanes = {"population" if name == "genetic" else "batch": 16}
+    method = lambda space: getattr(hpo, name)(space, **lanes)  # noqa: E731
     gains = []
     for seed in range(seeds):
-        data = digits(100 + seed)
+        data = digits(200 + seed)
         begun = time.perf_counter()
         ours, size, module, native = contest(NETWORK, SEARCHED, data, trials, steps, method, seed)
         middle = time.perf_counter()

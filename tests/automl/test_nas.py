@@ -14,7 +14,7 @@ from jaxhpo.automl import nas
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (5, 8, 8, 2))
-LANES = 4
+LANES = 3
 MLP = nas.MLP(3, max_width=9, max_depth=3, activations=("relu", "tanh"), norm=True)
 CNN = nas.CNN(3, max_channels=6, max_depth=2, max_kernel=5, activations=("relu", "gelu"), norm=True)
 CELL = nas.CellNet(3, channels=4, cells=1, stages=2)
@@ -58,7 +58,7 @@ def lanes(network):
         params = moved(module.init(KEY, X)["params"])
         return hparams, params, *gradients(module, params)
 
-    return space, *run(space.sample(jax.random.key(3), LANES))
+    return space, *run(space.sample(jax.random.key(4), LANES))
 
 
 def squares(tree):
