@@ -125,7 +125,8 @@ def lanes(count, alone, steps, repeats):
     print(f"one by one ({len(totals)} of them): {np.mean(totals):.2f} s each with compiling,", end=" ")
     print(f"{np.mean(runs):.3f} s without")
     print(f"ratio {np.mean(totals) / (first / count):.1f} with compiling, {np.mean(runs) / (warm / count):.2f} without")
-    print(f"largest relative difference of a loss {max(errors):.1e}", flush=True)
+    span = f"{float(losses.min()):.2f} to {float(losses.max()):.2f}"
+    print(f"losses {span}; largest relative difference from the one alone {max(errors):.1e}", flush=True)
 
 
 def row(tree, i):

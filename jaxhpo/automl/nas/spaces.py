@@ -17,9 +17,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def mlp_space(network: MLP, min_width: int = 4) -> dict[str, Any]:
-    """The architectures of an MLP: its depth, and of each layer the width, the activation and whether it is skipped.
+    """The architectures of an MLP: its depth, and of each layer the width, the skip connection and the activation.
 
-    An ordinary space: entries can be left out, or be replaced by other parameters or by constants.
+    An ordinary space: entries can be left out, or be replaced by other parameters or by constants. What it says of layers
+    beyond the depth does not count.
 
     Args:
       network: the largest one.
@@ -45,7 +46,7 @@ def mlp_space(network: MLP, min_width: int = 4) -> dict[str, Any]:
 def cnn_space(network: CNN, min_channels: int = 2) -> dict[str, Any]:
     """The architectures of a CNN: activation; channels and depth of each stage; kernel and skip of each convolution.
 
-    An ordinary space: entries can be left out, or be replaced by other parameters or by constants.
+    An ordinary space, as `mlp_space`.
 
     Args:
       network: the largest one.
