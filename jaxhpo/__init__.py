@@ -20,6 +20,9 @@ from jaxhpo.gradient import (
 from jaxhpo.modules import CNN, MLP
 from jaxhpo.trainable import Trainable
 
+# Architectures.
+from jaxhpo.automl import nas
+
 # How it is searched.
 from jaxhpo.automl import controlled, controller, darts, ppo, regularized_evolution, reinforce
 from jaxhpo.bandit import (
@@ -99,6 +102,7 @@ __all__ = [
     "hyperband",
     "islands",
     "minimize",
+    "nas",
     "particle_swarm",
     "pbt",
     "polish",

@@ -40,8 +40,8 @@ def best_so_far(result: Result, ax: "Axes | None" = None) -> "Figure":
       >>> figure = best_so_far(result)  # or result.plot("best_so_far")
       >>> figure.savefig(io.BytesIO())
     """
-    with _style():
-        axis = _axes(ax, 7.0, 4.0)
+    with style():
+        axis = axes(ax, 7.0, 4.0)
         records = result.trials
         scale = scales.LossScale.of(_successes(records))
         evaluations, best = result.best_so_far()
@@ -82,10 +82,10 @@ def learning_curves(result: Result, ax: "Axes | None" = None) -> "Figure":
       ValueError: no trial was evaluated more than once.
       ImportError: matplotlib is not installed.
     """
-    with _style():
+    with style():
         from matplotlib.collections import LineCollection
 
-        axis = _axes(ax, 7.0, 4.0)
+        axis = axes(ax, 7.0, 4.0)
         records = result.trials
         scale = scales.LossScale.of(_successes(records))
         curves, single = _curves(records)
@@ -146,7 +146,7 @@ def parallel_coordinates(
       ValueError: no trial succeeded, or a name is not known.
       ImportError: matplotlib is not installed.
     """
-    with _style():
+    with style():
         from matplotlib.collections import LineCollection
 
         records = result.trials
@@ -154,7 +154,7 @@ def parallel_coordinates(
         best = records.best()
         scale = scales.LossScale.of(records.loss[best])
         chosen = _chosen(result, parameters, limit)
-        axis = _axes(ax, max(5.0, 1.25 * (len(chosen) + 1)), 4.2)
+        axis = axes(ax, max(5.0, 1.25 * (len(chosen) + 1)), 4.2)
         if len(best) > MAX_LINES:
             few = MAX_LINES // 10
             best = np.concatenate([best[:few], best[np.linspace(few, len(best) - 1, MAX_LINES - few, dtype=int)]])
@@ -202,7 +202,7 @@ def slices(
       ValueError: no trial succeeded, or a name is not known.
       ImportError: matplotlib is not installed.
     """
-    with _style():
+    with style():
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
         from matplotlib.figure import Figure
@@ -284,11 +284,11 @@ def sensible(result: Result) -> list[str]:
     return [kind for kind in KINDS if kind != "learning_curves" or _curves(records)[0]]
 
 
-def _style() -> Any:
+def style() -> Any:
     return optional("matplotlib", "a plot").rc_context(STYLE)
 
 
-def _axes(ax: "Axes | None", width: float, height: float) -> Any:
+def axes(ax: "Axes | None", width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     if ax is not None:

@@ -66,3 +66,15 @@ def test_moved_labels_are_found(capsys):
     outcome = load("data_cleaning").main(["--rounds", "20", "--steps", "40"])
     assert outcome.auroc > 0.95 and outcome.found > max(outcome.clean, outcome.noisy)
     assert f"area under the ROC curve {outcome.auroc:.4f}" in capsys.readouterr().out
+
+
+def test_a_cnn_is_found_and_leaves_without_masks(tmp_path, capsys):
+    out = tmp_path / "cnn.svg"
+    outcome = load("nas_cnn").main(["--channels", "6", "--batch", "9", "--max-steps", "135", "--out", str(out)])
+    assert outcome.architectures > 60 and outcome.accuracy > 0.75
+    blocks = [block for stage in outcome.module.stages for block in stage]
+    inputs = [1, *(block.width for block in blocks)]
+    sizes = [(n * block.kernel**2 + 1) * block.width for n, block in zip(inputs, blocks, strict=False)]
+    assert outcome.parameters == sum(sizes) + (inputs[-1] + 1) * 10
+    assert out.read_text().count("<path") > 10
+    assert f"test accuracy {outcome.accuracy:.4f}" in capsys.readouterr().out

@@ -151,6 +151,38 @@ def test_cnn_shrinks(sizes):
     np.testing.assert_allclose(jax.jit(small.apply)({"params": small_params}, IMAGES), outputs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "module, x",
+    [
+        (MLP(3, 8, 3, (4, 6, 8), 2, np.array([1, 0, 0]), skip=np.array([False, True, False]), norm=True), X),
+        (
+            CNN(
+                3,
+                6,
+                3,
+                5,
+                channels=(2, 4),
+                depth=(1, 2),
+                kernel=np.array([[3, 5, 5], [1, 3, 5]]),
+                activation=np.array([[0, 1, 1], [1, 0, 1]]),
+                skip=np.array([[False, True, True], [True, False, True]]),
+                norm=True,
+            ),
+            IMAGES,
+        ),
+    ],
+)
+def test_choices_for_each_layer_shrink_with_it(module, x):
+    params = jax.tree.map(lambda p: jnp.where(p == 0, p, p + 0.1), jax.jit(module.init)(KEY, x)["params"])
+    small, small_params = module.shrink(params)
+    assert small.max_depth == 2 and getattr(small, "max_kernel", 5) == 5
+    outputs = jax.jit(module.apply)({"params": params}, x)
+    np.testing.assert_allclose(jax.jit(small.apply)({"params": small_params}, x), outputs, rtol=1e-5, atol=1e-6)
+    for changed in ({"skip": False}, {"norm": False}, {"activation": "relu"}):
+        other = jax.jit(module.clone(**changed).apply)({"params": params}, x)
+        assert float(jnp.abs(other - outputs).max()) > 1e-3, changed
+
+
 @pytest.mark.parametrize("gain", [1.0, 2.0])
 def test_initial_statistics_are_those_of_the_small_network(gain):
     x = jnp.ones((1, 200))
@@ -254,7 +286,7 @@ def test_dropout_only_in_training():
     [
         (MLP(3, 8, 2, width=9), X, "width must be integers from 1 to max_width=8, got 9"),
         (MLP(3, 8, 2, depth=0), X, "depth must be integers from 1 to max_depth=2, got 0"),
-        (MLP(3, 8, 2, width=jnp.array([1, 2, 3])), X, r"one for each of 2, got shape \(3,\)"),
+        (MLP(3, 8, 2, width=jnp.array([1, 2, 3])), X, r"width must be one value or have shape \(2,\)"),
         (CNN(3, 8, max_kernel=4), IMAGES, "max_kernel must be odd, got 4; use 5"),
         (CNN(3, 8, stages=4), IMAGES, r"stages must fit the image, got stages=4 for \(8, 9\)"),
         (CNN(3, 8, channels=2.5), IMAGES, "channels must be integers"),

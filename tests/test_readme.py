@@ -14,7 +14,7 @@ def test_snippets_run_as_they_stand(capsys):
     assert "jaxhpo demo" in demo and tests.strip().endswith("pytest")
     assert processes.count("python examples/many_devices.py --processes 2 --process") == 2
     snippets = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     names: dict = {}
     exec(snippets[0], names)
     assert names["result"].best_loss < 0.01 and "adam" in capsys.readouterr().out
