@@ -16,7 +16,7 @@ from jaxhpo.method import Count, count, ranked
 from jaxhpo.space import working_dtype
 
 SMALLEST = 64
-GROWTH = 4  # a size costs about a second of compile time
+GROWTH = 4
 BEST = 0.25
 
 
@@ -43,11 +43,13 @@ class History(NamedTuple):
         return self.mask & ~jnp.isfinite(self.losses)
 
 
-def buckets(capacity: int) -> tuple[int, ...]:
+def buckets(capacity: int, growth: int = GROWTH) -> tuple[int, ...]:
     """The sizes that a record of at least `capacity` rows is worked on at; the last one is its capacity.
 
     Args:
       capacity: rows wanted, at least 1.
+      growth: ratio of neighbouring sizes. A size costs about a second of compile time, so 4; a method whose cost is
+        cubic in the rows takes 2.
 
     Example:
       >>> from jaxhpo import history
@@ -56,19 +58,19 @@ def buckets(capacity: int) -> tuple[int, ...]:
     """
     sizes = [SMALLEST]
     while sizes[-1] < capacity:
-        sizes.append(sizes[-1] * GROWTH)
+        sizes.append(sizes[-1] * growth)
     return tuple(sizes)
 
 
-def empty(dims: int, capacity: int = SMALLEST) -> History:
+def empty(dims: int, capacity: int = SMALLEST, growth: int = GROWTH) -> History:
     """A record of no trials, with room for at least `capacity` rows."""
-    size, dtype = buckets(capacity)[-1], working_dtype()
+    size, dtype = buckets(capacity, growth)[-1], working_dtype()
     return History(jnp.full((size, dims), 0.5, dtype), jnp.full(size, jnp.inf, dtype), jnp.zeros(size, bool), count())
 
 
-def reserve(history: History, capacity: int) -> History:
+def reserve(history: History, capacity: int, growth: int = GROWTH) -> History:
     """`history` with room for at least `capacity` rows, rounded up to a bucket; never less than it has."""
-    more = buckets(capacity)[-1] - history.losses.shape[0]
+    more = buckets(capacity, growth)[-1] - history.losses.shape[0]
     if more <= 0:
         return history
     return History(
@@ -129,13 +131,14 @@ def held(history: History) -> jax.Array:
     return jnp.minimum(history.count.value, history.mask.shape[0])
 
 
-def on_bucket(function: Callable, history: History, *operands: Any) -> Any:
+def on_bucket(function: Callable, history: History, *operands: Any, growth: int = GROWTH) -> Any:
     """`function` of the smallest bucket of `history` that holds its count.
 
     Args:
       function: (history, *operands) -> pytree whose shapes do not depend on the history's capacity.
       history: the record; `function` gets its first rows, and its count.
       *operands: passed on.
+      growth: as in `buckets`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -146,7 +149,7 @@ def on_bucket(function: Callable, history: History, *operands: Any) -> Any:
       [1.0, 64.0]
     """
     capacity = history.losses.shape[0]
-    sizes = tuple(size for size in buckets(capacity) if size < capacity) + (capacity,)
+    sizes = tuple(size for size in buckets(capacity, growth) if size < capacity) + (capacity,)
 
     def branch(size: int) -> Callable:
         return lambda h, *args: function(History(h.unit[:size], h.losses[:size], h.mask[:size], h.count), *args)

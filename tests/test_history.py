@@ -39,6 +39,7 @@ def test_buckets_grow_from_64_and_round_up():
     assert buckets(1) == buckets(64) == (64,)
     assert buckets(65) == (64, 256)
     assert buckets(1025) == (64, 256, 1024, 4096)
+    assert buckets(300, growth=2) == (64, 128, 256, 512)
     assert empty(3, 100).unit.shape == (256, 3)
     assert reserve(empty(3), 257).losses.shape == (1024,)
     assert reserve(empty(3, 100), 10).losses.shape == (256,)
