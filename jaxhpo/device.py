@@ -205,5 +205,9 @@ class Device:
         """The training state with the lowest loss."""
         return engine_of(self.plan).restore(self.processes.local(self.carry.incumbent.state))
 
+    def method_state(self) -> PyTree:
+        """The method's state."""
+        return self.processes.local(self.carry.state)
+
     def close(self) -> None:
         """Nothing to release."""

@@ -285,6 +285,10 @@ class Host:
     def _last_id(self) -> int:
         return int(np.max(np.asarray(self.asked[-1][0].id)))
 
+    def method_state(self) -> PyTree:
+        """The method's state."""
+        return self.state
+
     def best_state(self) -> None:
         """No training state is known."""
 

@@ -274,6 +274,7 @@ class _Shell:
             stopped=stopped,
             seconds=seconds,
             compile_seconds=compile_seconds,
+            method_state=self.driver.method_state(),
         )
         if not len(best):
             why = next(iter(result.errors.values()), "every loss was NaN or infinite")

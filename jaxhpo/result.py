@@ -73,6 +73,8 @@ class Result:
         "callback".
       seconds: wall-clock time in all.
       compile_seconds: the part of it that went to tracing and compiling.
+      method_state: the method's last state, for what it has learned beside the best trial, such as the policy of a
+        `controller`.
 
     Example:
       >>> import jax, jaxhpo as hpo
@@ -103,6 +105,7 @@ class Result:
     stopped: str
     seconds: float
     compile_seconds: float
+    method_state: PyTree = None
 
     def __repr__(self) -> str:
         failed = len(self.trials.dead())

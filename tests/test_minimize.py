@@ -46,6 +46,14 @@ def test_budgets_end_the_study_after_the_round_that_reaches_them():
     assert 20 <= sum(_run(some)) < 20 + 5 * 9
 
 
+def test_the_methods_last_state_comes_with_the_result():
+    method = hpo.genetic(X, population=6, batch=4)
+    state, _ = jax.jit(hpo.study(square, method, rounds=3))(KEY)
+    assert_same(hpo.minimize(square, method, key=KEY, rounds=3).method_state, state)
+    outside = hpo.minimize(hpo.external(lambda h: h["x"] ** 2, pool="thread"), method, key=KEY, trials=12)
+    assert jax.tree.structure(outside.method_state) == jax.tree.structure(state)
+
+
 def _run(result):
     """Training steps of each row."""
     seen = {}

@@ -26,6 +26,7 @@ PyTree = Any
 
 FIRST_STEP = 2.0**-4
 TRUSTED = 0.05  # of a slope: how far off a difference may be to say that a gradient agrees
+AGREES, AGREES_WIDE = 1e-2, 1e-4  # relative errors in float32 and float64: a ReLU bends within the smallest step
 EXPLODES = 1e3  # growth over the last half of a run
 SAYINGS = {
     "agrees": "the gradient agrees with finite differences",
@@ -220,7 +221,7 @@ def check_gradient(
     rounding = 4 * float(jnp.finfo(flat.dtype).eps) * (abs(float(loss)) + float(np.sum(np.abs(g * sizes))))
     ladders = [_ladder(steps, a, b, float(loss), rounding) for a, b in zip(above, below, strict=True)]
     slopes = along @ g
-    verdict, scale = _verdict(slopes, ladders, size, 1e-5 if wide else 1e-2)
+    verdict, scale = _verdict(slopes, ladders, size, AGREES_WIDE if wide else AGREES)
 
     path = culprit = None
     if isinstance(objective, Unrolled):

@@ -200,3 +200,24 @@ def test_errors(arguments, error, message):
 def test_objectives_without_training_are_refused():
     with pytest.raises(TypeError, match="the trials of 'darts' carry training steps; give a Trainable"):
         hpo.minimize(lambda key, h: h["lr"], hpo.darts(SPACE, max_steps=4), key=KEY)
+
+
+def test_the_slope_of_a_cells_training_agrees_with_finite_differences():
+    with jax.enable_x64(True):
+        x = jnp.sin(jnp.arange(4 * 16.0)).reshape(4, 4, 4)
+        y = jnp.array([0, 1, 2, 0])
+        network = hpo.nas.CellNet(3, channels=2, stages=1)
+        cells = hpo.flax_trainable(
+            model=lambda h: hpo.nas.build(network, h),
+            optimizer=lambda h: optax.sgd(0.1, momentum=0.9),
+            loss=optax.softmax_cross_entropy_with_integer_labels,
+            train=(x, y),
+            valid=(x[:, ::-1], y),
+            batch_size=4,
+        )
+        objective = jax.jit(hpo.unroll(cells, 2))
+        edges = jax.nn.softmax(jax.random.normal(KEY, (6, 5)), axis=-1)
+        along = 1e-5 * jax.random.normal(jax.random.key(1), (6, 5))
+        loss = lambda edges: objective(KEY, {"edges": edges})  # noqa: E731
+        slope = jnp.vdot(jax.grad(loss)(edges), along)
+        np.testing.assert_allclose(slope, (loss(edges + along) - loss(edges - along)) / 2, rtol=1e-6)
