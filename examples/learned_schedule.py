@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> Outcome:
         training(digits[:2], digits[2:], 64), method, rounds=options.runs * options.steps // options.every
     )
     state, trace = jax.jit(study)(jax.random.key(0))
-    Path(options.out).write_bytes(serialization.msgpack_serialize(serialization.to_state_dict(state.params)))
+    Path(options.out).write_bytes(serialization.msgpack_serialize(serialization.to_state_dict(state.policy)))
     print(
         f"{int(trace.trials.id.max()) + 1} runs, {np.mean(~np.isfinite(trace.losses)):.1%} of their stretches diverged"
     )

@@ -144,7 +144,7 @@ def test_a_policy_that_is_learned_beats_every_constant_on_keys_that_are_new_and_
     failures = ~np.isfinite(trace.losses)
     assert failures[:50].mean() > 0.01 and failures[-50:].mean() < failures[:50].mean() / 2
 
-    saved = serialization.msgpack_serialize(serialization.to_state_dict(state.params))
+    saved = serialization.msgpack_serialize(serialization.to_state_dict(state.policy))
     params = serialization.msgpack_restore(saved)
     train = controlled(VALLEY, SPACE, params, every=3, max_steps=30)
     keys = jax.random.split(jax.random.key(1), 64)
