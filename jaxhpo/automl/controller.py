@@ -177,12 +177,9 @@ def _functions(
         told = lanes.told.at[jnp.where(mine, row.lane, n)].max(row.round, mode="drop")
         at = jnp.where(mine & (row.round == told[row.lane]), row.lane, n)
         put = lambda old, new: old.at[at].set(new.astype(old.dtype), mode="drop")  # noqa: E731
-        before = lanes.curve.interval
-        moved = jax.tree.map(put, Lanes(lanes.curve, lanes.trial, told, lanes.failed), Lanes(
-            curve, row.trial, row.round, is_failed
-        ))  # fmt: skip
+        moved = jax.tree.map(put, lanes._replace(told=told), Lanes(curve, row.trial, row.round, is_failed))
         # Stretches that were asked for since are behind it, too.
-        interval = jnp.maximum(before, moved.curve.interval)
+        interval = jnp.maximum(lanes.curve.interval, moved.curve.interval)
         return moved._replace(curve=moved.curve._replace(interval=interval))
 
     def improved(state: State) -> State:
