@@ -74,8 +74,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--every", type=int, default=10, help="steps between two actions")
-    parser.add_argument("--lanes", type=int, default=32, help="networks that the agent trains at once")
-    parser.add_argument("--runs", type=int, default=100, help="that the agent learns from, in every lane")
+    parser.add_argument("--lanes", type=int, default=64, help="networks that the agent trains at once")
+    parser.add_argument("--runs", type=int, default=250, help="that the agent learns from, in every lane")
     parser.add_argument("--trials", type=int, default=100, help="constants, and cosines")
     parser.add_argument("--repeats", type=int, default=4, help="keys by which those are chosen")
     parser.add_argument("--keys", type=int, default=20, help="unseen, to judge by")
@@ -113,7 +113,7 @@ def run(options, seed):
     keys = jax.random.split(jax.random.key(10_000 + seed), options.keys)
     judge = jax.jit(jax.vmap(objective, (0, None)))
     learned, schedules = jax.jit(
-        jax.vmap(hpo.controlled(trainable, SPACE, state.params, every=every, max_steps=steps))
+        jax.vmap(hpo.controlled(trainable, SPACE, state.policy, every=every, max_steps=steps))
     )(keys)
     found = {
         f"the best constant of {options.trials}": judge(keys, {"lr": jnp.float32(constant["lr"])}),

@@ -59,8 +59,8 @@ class Outcome(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> Outcome:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lanes", type=int, default=32, help="networks that train side by side")
-    parser.add_argument("--runs", type=int, default=50, help="that the agent learns from, in every lane")
+    parser.add_argument("--lanes", type=int, default=64, help="networks that train side by side")
+    parser.add_argument("--runs", type=int, default=150, help="that the agent learns from, in every lane")
     parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--every", type=int, default=10, help="steps between two actions")
     parser.add_argument("--out", default="learned_schedule.msgpack", help="file for the policy")
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> Outcome:
         training(digits[:2], digits[2:], 64), method, rounds=options.runs * options.steps // options.every
     )
     state, trace = jax.jit(study)(jax.random.key(0))
-    Path(options.out).write_bytes(serialization.msgpack_serialize(serialization.to_state_dict(state.params)))
+    Path(options.out).write_bytes(serialization.msgpack_serialize(serialization.to_state_dict(state.policy)))
     print(
         f"{int(trace.trials.id.max()) + 1} runs, {np.mean(~np.isfinite(trace.losses)):.1%} of their stretches diverged"
     )

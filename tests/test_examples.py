@@ -78,3 +78,14 @@ def test_a_cnn_is_found_and_leaves_without_masks(tmp_path, capsys):
     assert outcome.parameters == sum(sizes) + (inputs[-1] + 1) * 10
     assert out.read_text().count("<path") > 10
     assert f"test accuracy {outcome.accuracy:.4f}" in capsys.readouterr().out
+
+
+def test_a_policy_that_sets_the_learning_rate(tmp_path, capsys):
+    out = tmp_path / "policy.msgpack"
+    small = ["--lanes", "32", "--runs", "60", "--steps", "60", "--every", "6", "--out", str(out)]
+    outcome = load("learned_schedule").main(small)
+    # With so little to learn from it is not better yet, but it has found that rates are to fall.
+    assert outcome.learned < 1.25 * outcome.constant and outcome.rates.shape == (10,)
+    assert outcome.rates[-1] < outcome.rates[0] / 2
+    assert out.stat().st_size > 5_000
+    assert f"the learned policy: validation loss {outcome.learned:.4f}" in capsys.readouterr().out

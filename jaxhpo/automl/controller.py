@@ -57,6 +57,8 @@ class Settings(NamedTuple):
     """weight of the policy's entropy"""
     penalty: jax.Array
     """for a failure; no reward is below its negative"""
+    average: jax.Array
+    """horizons over which the policy is averaged"""
 
 
 class Lanes(NamedTuple):
@@ -74,8 +76,10 @@ class Lanes(NamedTuple):
 class State(NamedTuple):
     """State of a controller."""
 
+    policy: PyTree
+    """parameters of the agent's network, averaged over its last horizons: what `controlled` takes"""
     params: PyTree
-    """of the agent's network: what `controlled` takes"""
+    """those by which it acts"""
     optimizer: optax.OptState
     lanes: Lanes
     rollout: Rollout
@@ -126,6 +130,7 @@ def _functions(
         nothing = jnp.full((horizon, n), -1, jnp.int32)
         seen_, unit = zeros(CURVE + space.dims), zeros(space.dims) + 0.5
         return State(
+            policy=params,
             params=params,
             optimizer=adam.init(params),
             lanes=Lanes(begun(space, n), nobody, nobody, jnp.zeros(n, bool)),
@@ -172,12 +177,9 @@ def _functions(
         told = lanes.told.at[jnp.where(mine, row.lane, n)].max(row.round, mode="drop")
         at = jnp.where(mine & (row.round == told[row.lane]), row.lane, n)
         put = lambda old, new: old.at[at].set(new.astype(old.dtype), mode="drop")  # noqa: E731
-        before = lanes.curve.interval
-        moved = jax.tree.map(put, Lanes(lanes.curve, lanes.trial, told, lanes.failed), Lanes(
-            curve, row.trial, row.round, is_failed
-        ))  # fmt: skip
+        moved = jax.tree.map(put, lanes._replace(told=told), Lanes(curve, row.trial, row.round, is_failed))
         # Stretches that were asked for since are behind it, too.
-        interval = jnp.maximum(before, moved.curve.interval)
+        interval = jnp.maximum(lanes.curve.interval, moved.curve.interval)
         return moved._replace(curve=moved.curve._replace(interval=interval))
 
     def improved(state: State) -> State:
@@ -203,7 +205,10 @@ def _functions(
 
         (params, optimizer), _ = lax.scan(improve, (state.params, state.optimizer), length=epochs)
         empty = state.rollout._replace(round=jnp.full_like(state.rollout.round, -1))
-        return state._replace(params=params, optimizer=optimizer, rollout=empty)
+        horizons = (state.told.value // (horizon * n)).astype(mean.dtype)
+        share = 1 / jnp.clip(horizons, 1, settings.average)
+        policy = jax.tree.map(lambda old, new: old + share * (new - old), state.policy, params)
+        return state._replace(policy=policy, params=params, optimizer=optimizer, rollout=empty)
 
     def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
         del gradients
@@ -243,10 +248,11 @@ def controller(
     epochs: int = 10,
     learning_rate: float = 3e-3,
     discount: float = 1.0,
-    trace: float = 0.95,
+    trace: float = 1.0,
     clip: float = 0.2,
     entropy: float = 0.003,
     penalty: float = 5.0,
+    average: int = 20,
     batch: int = 32,
 ) -> Method:
     """An agent that learns to set hyperparameters while networks train, by proximal policy optimization.
@@ -258,7 +264,7 @@ def controller(
     that has trained `max_steps`, starts a new network. Only what `Trainable.step` reads of the hyperparameters at every
     step can be controlled.
 
-    The policy is `state.params`, a pytree that `flax.serialization` saves; `controlled` trains by it. Known results,
+    The policy is `state.policy`, a pytree that `flax.serialization` saves; `controlled` trains by it. Known results,
     which come without a training run, tell it nothing.
 
     Args:
@@ -270,14 +276,16 @@ def controller(
       epochs: steps of Adam for each horizon, at least 1.
       learning_rate: of Adam, in (0, 1].
       discount: of rewards, for every stretch, in [0, 1].
-      trace: the lambda of generalised advantages, in [0, 1].
+      trace: the lambda of generalised advantages, in [0, 1]: with 1 an action is judged by what the whole rest of the
+        run brings, with less the more by the value that the agent has learned.
       clip: of the ratio of probabilities, in (0, 1).
       entropy: weight of the policy's entropy, at least 0.
       penalty: for a failure, at least 0; a rise of the logarithm of the loss costs no more.
+      average: horizons whose policies are averaged to the one that is learned, at least 1.
       batch: networks that train side by side, at least 1; also the training states that are kept.
 
     Returns:
-      A `Method` whose settings are learning_rate, discount, trace, clip, entropy and penalty.
+      A `Method` whose settings are learning_rate, discount, trace, clip, entropy, penalty and average.
 
     Raises:
       TypeError, ValueError: an argument is out of its range.
@@ -292,7 +300,7 @@ def controller(
       >>> space = {"lr": hpo.Float(0.01, 2.0, log=True)}
       >>> method = hpo.controller(space, every=2, max_steps=10, batch=16)
       >>> state, _ = jax.jit(hpo.study(descent, method, rounds=50))(jax.random.key(0))
-      >>> train = hpo.controlled(descent, space, state.params, every=2, max_steps=10)
+      >>> train = hpo.controlled(descent, space, state.policy, every=2, max_steps=10)
       >>> loss, schedule = train(jax.random.key(1))
       >>> schedule["lr"].shape
       (5,)
@@ -308,10 +316,11 @@ def controller(
     values = (
         real("learning_rate", learning_rate, 1e-7, 1, "0.003 is usual"),
         real("discount", discount, 0, 1, "1 is usual, as runs end"),
-        real("trace", trace, 0, 1, "0.95 is usual"),
+        real("trace", trace, 0, 1, "1 looks to the end of a run"),
         real("clip", clip, 1e-3, 0.999, "0.2 is usual"),
         real("entropy", entropy, 0, 100, "0.003 is usual"),
         real("penalty", penalty, 0, 1e6, "5 is usual"),
+        whole("average", average, 1),
     )
     settings = Settings(*(jnp.asarray(value, working_dtype()) for value in values))
     init, ask, tell = _functions(space, every, intervals, horizon, hidden, epochs, batch)
