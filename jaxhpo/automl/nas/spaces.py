@@ -19,8 +19,8 @@ Network = TypeVar("Network", bound=nn.Module)
 def mlp_space(network: MLP, min_width: int = 4) -> dict[str, Any]:
     """The architectures of an MLP: its depth, and of each layer the width, the skip connection and the activation.
 
-    An ordinary space: entries can be left out, or be replaced by other parameters or by constants. What it says of layers
-    beyond the depth does not count.
+    An ordinary space: entries can be left out, or be replaced by other parameters or by constants. What it says of
+    layers beyond the depth does not count.
 
     Args:
       network: the largest one.
