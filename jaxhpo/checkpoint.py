@@ -33,7 +33,7 @@ def describe(method: Method, key: jax.Array, initial: Any, repeats: int, problem
     parts = {
         "space": method.space.tree,
         "settings": jax.tree.map(np.asarray, method.settings),
-        "method": (method.name, method.rounds, method.slots, *functions),
+        "method": (method.name, method.rounds, method.slots, method.lookback, *functions),
         "batch": method.batch,
         "key": np.asarray(jax.random.key_data(key)),
         "initial": initial,

@@ -83,6 +83,16 @@ def begin(c: Coordinates, uniform: jax.Array) -> jax.Array:
     return vector(c, uniform[:, c.leaf])
 
 
+def spread(c: Coordinates, drawn: jax.Array) -> jax.Array:
+    """Latin hypercube draws, float[n, leaves], with choices in the middles of their strata.
+
+    Only so n points meet every option of a choice that has no more than n.
+    """
+    n = drawn.shape[0]
+    is_choice = jnp.asarray([leaf.kind != "real" and not is_integer(leaf) for leaf in c.space.leaves])
+    return jnp.where(is_choice, (jnp.floor(drawn * n) + 0.5) / n, drawn)
+
+
 def vector(c: Coordinates, unit: jax.Array) -> jax.Array:
     """The coordinates of points of the unit cube: float[n, size] for float[n, dims].
 

@@ -62,7 +62,7 @@ class Plan:
         self.parts = (problem, method, lanes, mesh, initial)
         self.mesh = mesh
         functions = bare(method.init), method.ask, method.tell, method.reserve
-        shapes = method.batch, method.slots, method.uses_gradients, lanes, mesh, working_dtype()
+        shapes = method.batch, method.slots, method.uses_gradients, method.lookback, lanes, mesh, working_dtype()
         # Constants end up in the program: equal arrays are the same, functions only if they are the same object.
         content = canonical((method.space.tree, initial), opaque=lambda value: f"{id(value)}")
         self.key = (problem if isinstance(problem, Hashable) else id(problem), functions, shapes, content)

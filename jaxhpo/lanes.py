@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxhpo.method import Method, Trials, ranked
+from jaxhpo.method import Method, Trials, example, ranked
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.trainable import Trainable
 
@@ -215,9 +215,9 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def raw_of(trainable: Trainable, space: Space) -> Raw:
-    """`trainable` as the engine runs it, for hyperparameters as `space` decodes them."""
-    key, hparams = jax.eval_shape(lambda: (jax.random.key(0), space.decode(jnp.zeros(space.dims))))
+def raw_of(trainable: Trainable, space: Space, hparams: PyTree) -> Raw:
+    """`trainable` as the engine runs it, for hyperparameters of `space` with the shapes of `hparams`."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
 
     def unwrap(state: PyTree) -> PyTree:
         plain = lambda x: jax.random.key_data(x) if _is_key(x) else jax.lax.convert_element_type(x, x.dtype)  # noqa: E731
@@ -254,7 +254,7 @@ def raw_of(trainable: Trainable, space: Space) -> Raw:
 def _training(
     trainable: Trainable, method: Method, width: int, slots: int, spread: Callable, copied: Callable
 ) -> tuple[Callable, Callable, Callable, Callable]:
-    raw = raw_of(trainable, method.space)
+    raw = raw_of(trainable, method.space, example(method)[1])
     dtype = working_dtype()
 
     def init() -> tuple[Bank, Incumbent]:

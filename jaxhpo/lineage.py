@@ -167,7 +167,7 @@ class _Plan:
 def _program(plan: _Plan) -> tuple[Callable, list, Callable]:
     """`(arrays, key, id, stop, hparams) -> (loss, state)`, compiled at its first call; those arrays; and `restore`."""
     trainable, space, segments, key_shape = plan.parts
-    raw = raw_of(unjitted(trainable), space)
+    raw = raw_of(unjitted(trainable), space, jax.eval_shape(lambda: space.decode(jnp.zeros(space.dims))))
 
     def run(key: jax.Array, id: jax.Array, stop: jax.Array, hparams: PyTree) -> tuple[jax.Array, PyTree]:
         _, trials_key = jax.random.split(key)

@@ -122,6 +122,19 @@ class Method(NamedTuple):
     """training steps that gradients reach back through, where trials carry steps: at most those of an ask"""
 
 
+def example(method: Method) -> tuple[jax.Array, PyTree]:
+    """The shapes of a key and of the hyperparameters of one trial, as `method` asks for it."""
+
+    def of() -> tuple[jax.Array, PyTree]:
+        key, space = jax.random.key(0), method.space
+        if not method.uses_gradients:
+            return key, space.decode(jnp.zeros(space.dims))
+        # Integers are floats here, so that they have slopes.
+        return key, jax.tree.map(lambda x: x[0], method.ask(key, method.init(key))[0].hparams)
+
+    return jax.eval_shape(of)
+
+
 def endless(method: Any, example: str, slots: str, rounds: str) -> Method:
     """`method`, if it is a black-box method that can be asked for ever.
 

@@ -279,9 +279,7 @@ class _Shell:
         if not len(best):
             why = next(iter(result.errors.values()), "every loss was NaN or infinite")
             if records.soft is not None and records.soft.any():
-                why = (
-                    "every finite loss was that of soft weights, which are no choice: run more rounds, or lower anneal"
-                )
+                why = "every finite loss was that of soft weights, which are no choice: run until they are one option"
             if not self.tally.trials:
                 raise AllTrialsFailed(f"no trial ended before time_limit={self.budget.time_limit}; raise it", result)
             raise AllTrialsFailed(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxhpo.checks import whole
-from jaxhpo.method import Method
+from jaxhpo.method import Method, example
 from jaxhpo.trainable import Trainable
 
 PyTree = Any
@@ -62,17 +62,6 @@ def check(
     return method.rounds if rounds is None else rounds
 
 
-def _example(method: Method) -> tuple[jax.Array, PyTree]:
-    def example() -> tuple[jax.Array, PyTree]:
-        key, space = jax.random.key(0), method.space
-        if not method.uses_gradients:
-            return key, space.decode(jnp.zeros(space.dims))
-        # Integers are floats here, so that they have slopes.
-        return key, jax.tree.map(lambda x: x[0], method.ask(key, method.init(key))[0].hparams)
-
-    return jax.eval_shape(example)
-
-
 def _traced(what: str, fn: Callable, hparams: PyTree, *args: Any) -> Any:
     try:
         return jax.eval_shape(fn, *args, hparams)
@@ -109,7 +98,7 @@ def _check_objective(objective: Callable, method: Method) -> None:
             f"problem is an objective, but the trials of '{method.name}' carry training steps; give a Trainable(init, "
             "step, evaluate), or choose a black-box method such as hpo.random"
         )
-    key, hparams = _example(method)
+    key, hparams = example(method)
     call = lambda k, h: objective(k, method.space.fill(h))  # noqa: E731
     loss = _traced("the objective as objective(key, hparams)", call, hparams, key)
     _check_loss("the objective", loss)
@@ -122,7 +111,7 @@ def _check_trainable(trainable: Trainable, method: Method) -> None:
             "hpo.unroll(trainable, steps=...), or choose a method that trains in stretches, such as hpo.hyperband"
         )
     fill = method.space.fill
-    key, hparams = _example(method)
+    key, hparams = example(method)
     state = _traced("Trainable.init", lambda k, h: trainable.init(k, fill(h)), hparams, key)
     after = _traced("Trainable.step", lambda k, s, h: trainable.step(k, s, fill(h)), hparams, key, state)
     shape: Any = jax.tree.structure(state)

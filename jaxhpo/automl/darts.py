@@ -75,6 +75,7 @@ class Row(NamedTuple):
 
 
 NOISE = 1e-3
+SOFTEST = 1 - 1e-6
 OUT = 1e3
 GUARDS = ("early_stopping", "dropout")
 
@@ -94,7 +95,7 @@ def start(c: at.Coordinates, uniform: jax.Array, skip: np.ndarray) -> jax.Array:
       skip: bool[options], those that are guarded against.
     """
     leaves = len(c.space.leaves)
-    point = at.begin(c, uniform[:, :leaves])
+    point = at.begin(c, at.spread(c, uniform[:, :leaves]))
     return point.at[:, c.space.dims :].set(NOISE * (uniform[:, leaves:] - 2 * jnp.asarray(skip)))
 
 
@@ -114,9 +115,15 @@ def _functions(
     begin, step = stepper(parts)
     is_skip, guards = np.array(skip, bool), any(skip)
 
-    def seen(point: jax.Array, dropped: jax.Array) -> jax.Array:
+    is_logit = jnp.asarray(np.arange(c.size) >= space.dims)
+
+    def seen(point: jax.Array, dropped: jax.Array, settings: Settings) -> jax.Array:
         """Points with what is left out far below the others."""
-        return point.at[:, space.dims :].add(jnp.where(dropped, -OUT, 0))
+        return point.at[:, space.dims :].add(jnp.where(dropped, -OUT * settings.temperature, 0))
+
+    def skips(point: jax.Array) -> jax.Array:
+        """How many choices favour what is guarded against: i32[n]."""
+        return jnp.sum((at.favourite(c, point)[:, c.owner] == c.place) & is_skip, axis=1)
 
     def init(key: jax.Array, settings: Settings) -> State:
         point = start(c, latin_hypercube(key, n, draws), is_skip)
@@ -150,7 +157,9 @@ def _functions(
         if guards and guard == "dropout":
             chance = uniform(bits(key_drop, (n, len(c.owner))))
             dropped = jnp.asarray(is_skip) & (chance < settings.dropout * (1 - gone))
-        soft = at.weights(c, seen(point, dropped), heat) if len(c.owner) else None
+        soft = at.weights(c, seen(point, dropped, settings), heat) if len(c.owner) else None
+        # The network of a search has all options, also where one of them has all of the weight.
+        soft = None if soft is None else jnp.minimum(soft, jnp.where(searching, SOFTEST, 1))
         trials = Trials(
             hparams=at.differentiable(c, space.decode(unit), soft),
             unit=unit,
@@ -195,18 +204,18 @@ def _functions(
             return state._replace(point=point, age=state.age + told, lost=state.lost | (told & failed(loss)))
         heat, dropped = jnp.broadcast_to(state.settings.temperature, (n,)), row.dropped[which]
         slope = jax.tree.map(lambda x: x[which], gradients)
-        slope = at.slopes(c, seen(point, dropped), at.unit_of(c, point), heat, slope)
+        slope = at.slopes(c, seen(point, dropped, state.settings), at.unit_of(c, point), heat, slope)
         is_fine = told & ~failed(loss) & jnp.isfinite(slope).all(axis=1)
-        value = jnp.where(is_fine, loss, 0)
-        move, optimizer = step(point, state.optimizer, jnp.where(is_fine[:, None], slope, 0), value)
+        chooses = row.moves[which] & ~state.stopped
+        slope = jnp.where(is_fine[:, None] & (chooses[:, None] | ~is_logit), slope, 0)
+        move, optimizer = step(point, state.optimizer, slope, jnp.where(is_fine, loss, 0))
         is_fine &= jnp.isfinite(move).all(axis=1)
-        there = at.moved(c, point, jnp.where(is_fine[:, None], move, 0), jnp.ones(n, bool))
-        moves = is_fine & ~elsewhere & row.moves[which]
+        moves, move = is_fine & ~elsewhere, jnp.where(is_fine[:, None], move, 0)
         stopped = state.stopped
         if guards and guard == "early_stopping":
-            favours = at.favourite(c, there)[:, c.owner] == c.place
-            stopped |= moves & (jnp.sum(favours & is_skip, axis=1) > state.settings.most)
-        moves &= ~stopped
+            before, after = skips(point), skips(at.moved(c, point, move, chooses))
+            stopped |= moves & chooses & (after > jnp.maximum(state.settings.most, before))
+        there = at.moved(c, point, move, chooses & ~stopped)
         return state._replace(
             point=where_rows(moves, there, point),
             optimizer=where_rows(moves, optimizer, state.optimizer),
@@ -255,9 +264,9 @@ def darts(
       searches: how many run side by side; also the batch, and the training states that are kept.
       retrain: training steps of what was found, at least 1; `max_steps` if not given.
       guard: what is done against searches that end in skip connections, which train fastest. "early_stopping": the
-        first step after which more than `most` choices favour them is not made, and the choices stand still from there
-        on. "dropout": each choice does without them in a window with a probability that falls from `dropout` to 0, so
-        that the other operations learn. `None` is no guard.
+        first step that leads more than `most` choices to favour them is not made, and the choices stand still from
+        there on. "dropout": each choice does without them in a window with a probability that falls from `dropout` to
+        0, so that the other operations learn. `None` is no guard.
       skip: the option that is guarded against; choices that do not have it are not counted.
       warm_up: share of a search, in [0, 1], in which the network trains and the choices stand still.
       most: choices that may favour the guarded option, at least 0. Only of early stopping.

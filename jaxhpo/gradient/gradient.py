@@ -110,10 +110,7 @@ def _functions(space: Space, starts: int, halving: int, parts: Parts) -> tuple[C
     moves = anneals or bool(c.moves.any())
 
     def init(key: jax.Array, settings: Settings) -> State:
-        drawn = latin_hypercube(key, starts, leaves)
-        # The middles of the strata: only they meet every option of a choice with no more options than starts.
-        is_choice = jnp.asarray([leaf.kind != "real" and not at.is_integer(leaf) for leaf in space.leaves])
-        point = at.begin(c, jnp.where(is_choice, (jnp.floor(drawn * starts) + 0.5) / starts, drawn))
+        point = at.begin(c, at.spread(c, latin_hypercube(key, starts, leaves)))
         none = jnp.zeros(starts, jnp.int32)
         return State(
             point=point,

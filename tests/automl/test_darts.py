@@ -143,9 +143,10 @@ def test_what_is_dropped_has_no_weight_and_no_slope():
 
 def test_choices_stand_still_while_the_network_warms_up():
     method = hpo.darts(SPACE, max_steps=20, searches=2, warm_up=0.5)
-    edges = hpo.minimize(NET, method, key=KEY, progress=False).trials.hparams["edges"]
-    path = np.stack(edges, 1).reshape(21, 2, 3, 3)
+    hparams = hpo.minimize(NET, method, key=KEY, progress=False).trials.hparams
+    path = np.stack(hparams["edges"], 1).reshape(21, 2, 3, 3)
     assert (path[:11] == path[0]).all() and (path[11] != path[10]).all()
+    assert (np.diff(hparams["lr"].reshape(21, 2), axis=0)[:19] != 0).all(), "learning rates move from the first step on"
 
 
 def test_a_search_that_fails_begins_anew_and_costs_no_other():
@@ -167,6 +168,50 @@ def test_a_search_that_fails_begins_anew_and_costs_no_other():
 
 def broken(slope):
     return jax.tree.map(lambda x: x.at[1].set(jnp.inf), slope)
+
+
+def test_studies_of_different_orders_share_no_program(tmp_path):
+    call = {"optimizer": optax.sgd(0.5), "max_steps": 8, "every": 2, "searches": 2, "warm_up": 0.0}
+    first, second = (hpo.darts(SPACE, order=order, **call) for order in (1, 2))
+    losses = hpo.minimize(NET, first, key=KEY, directory=tmp_path).trials.loss
+    assert np.abs(losses - hpo.minimize(NET, second, key=KEY).trials.loss).max() > 1e-5
+    with pytest.raises(ValueError, match="method"):
+        hpo.minimize(NET, second, key=KEY, directory=tmp_path)
+
+
+def test_losses_of_a_search_never_count():
+    # Without skip connections one option is left, and has all of the weight.
+    space = {"edge": hpo.Categorical(("skip_connect", "conv"), relaxed=True)}
+    growing = hpo.Trainable(lambda key, h: jnp.ones(()), lambda key, w, h: w + 1, lambda w, h: w)
+    method = hpo.darts(space, max_steps=9, searches=4, guard="dropout", dropout=0.9, retrain=20)
+    trials = hpo.minimize(growing, method, key=KEY, progress=False).trials
+    assert trials.soft[:-4].all() and not trials.soft[-4:].any()
+
+
+def test_integers_may_be_in_the_training_state():
+    counting = hpo.Trainable(
+        lambda key, h: {"w": jnp.zeros(()), "n": h["n"]},
+        lambda key, s, h: {"w": s["w"] + h["n"], "n": s["n"]},
+        lambda s, h: (s["w"] / s["n"] - h["n"]) ** 2,
+    )
+    method = hpo.darts({"n": hpo.Int(1, 8), "edge": SPACE.tree["edges"][0]}, max_steps=4, searches=2)
+    result = hpo.minimize(counting, method, key=KEY, progress=False)
+    np.testing.assert_allclose(result.trials.loss[-2:], (4 - result.trials.hparams["n"][-2:]) ** 2, rtol=1e-5)
+
+
+def test_a_search_that_begins_with_too_many_skips_may_leave_them():
+    method = hpo.darts(SPACE, optax.sgd(0.5), max_steps=30, searches=1, retrain=1, warm_up=0.0, most=1)
+    away = LATER._replace(evaluate=lambda w, h: sum(edge[1] for edge in h["edges"]))
+    run = hpo.study(away, method, initial=[{"edges": ["skip_connect"] * 3, "lr": 0.1}])
+    edges = jax.jit(run)(KEY)[1].trials.hparams["edges"]
+    assert sum(float(edge[0, 0, 1]) for edge in edges) > 2.9 and sum(edge[-1, 0, 1] for edge in edges) == 0
+
+
+def test_every_option_of_a_plain_choice_has_a_search():
+    space = {"edge": SPACE.tree["edges"][0], "act": hpo.Categorical(("relu", "tanh", "gelu"))}
+    method = hpo.darts(space, max_steps=4, searches=4)
+    drawn = jax.vmap(lambda key: method.ask(key, method.init(key))[0].hparams["act"])(jax.random.split(KEY, 50))
+    assert all(set(row) == {0, 1, 2} for row in np.asarray(drawn).tolist())
 
 
 def test_a_search_begins_where_the_user_says():
