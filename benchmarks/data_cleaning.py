@@ -31,7 +31,8 @@ import jaxhpo as hpo
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CLEAN, FOLDS = 100, 4
-RATE, STEPS, DECAY = 0.3, 60, 0.01
+RATE, STEPS = 0.3, 60
+DECAY = {"digits": 0.01, "mnist": 0.03}  # chosen on other splits, by the area under the curve
 DECAYS, LENGTHS = (3e-2, 1e-2, 3e-3, 1e-3, 1e-4), (30, 60, 200)
 OUTER, STRIDE = 40, 0.2
 
@@ -80,7 +81,7 @@ def evened(weights, y):
     return weights / jnp.maximum(is_label @ (weights @ is_label), 1e-6) / 10
 
 
-def regression(x, y, clean, decay=DECAY):
+def regression(x, y, clean, decay):
     """Softmax regression by full-batch descent with momentum, each example with a weight of its own."""
 
     def loss(w, h):
@@ -96,10 +97,10 @@ def regression(x, y, clean, decay=DECAY):
     return hpo.Trainable(init, step, lambda s, h: cross_entropy(s["w"], *clean).mean())
 
 
-def find(s, outer):
+def find(s, decay, outer):
     """The weights after some steps of descent."""
     n = len(s.y)
-    objective = hpo.unroll(regression(*map(jnp.asarray, s[:2]), s.clean), STEPS)
+    objective = hpo.unroll(regression(*map(jnp.asarray, s[:2]), s.clean, decay), STEPS)
     # Every step is equally long, but goes far only in the weights of which much depends.
     optimizer = optax.chain(optax.normalize_by_update_norm(STRIDE * np.sqrt(n)), optax.scale(-1.0))
     method = hpo.gradient({"weights": hpo.Array(n, 0.0, 1.0)}, optimizer, starts=1, patience=1e6)
@@ -155,7 +156,7 @@ def main():
         rows = []
         for seed in range(options.first, options.first + options.splits):
             s, begun = split(data, seed, options.folder), time.perf_counter()
-            weights, loss = find(s, options.outer)
+            weights, loss = find(s, DECAY[data], options.outer)
             took, auc = time.perf_counter() - begun, roc_auc_score(~s.moved, weights)
             which = (np.zeros(len(s.y)), np.ones(len(s.y)), ~s.moved, kept(s, weights))
             precision = (~s.moved)[which[-1]].mean()

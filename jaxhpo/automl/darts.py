@@ -80,7 +80,7 @@ OUT = 1e3
 GUARDS = ("early_stopping", "dropout")
 
 
-def guarded(space: Space, option: object) -> tuple[bool, ...]:
+def places(space: Space, option: object) -> tuple[bool, ...]:
     """Which of the options of all relaxed choices are `option`."""
     options = [o for leaf in space.leaves if leaf.kind == "relaxed" for o in leaf.parameter.options]
     return tuple(type(o) is type(option) and o == option for o in options)
@@ -108,12 +108,13 @@ def _functions(
     retrain: int,
     guard: str | None,
     skip: tuple[bool, ...],
+    zero: tuple[bool, ...],
     parts: Parts,
 ) -> tuple[Callable, Callable, Callable]:
     c, n = at.coordinates(space), searches
     draws = len(space.leaves) + len(c.owner)
     begin, step = stepper(parts)
-    is_skip, guards = np.array(skip, bool), any(skip)
+    is_skip, is_zero, guards = np.array(skip, bool), np.array(zero, bool), any(skip)
 
     is_logit = jnp.asarray(np.arange(c.size) >= space.dims)
 
@@ -121,9 +122,13 @@ def _functions(
         """Points with what is left out far below the others."""
         return point.at[:, space.dims :].add(jnp.where(dropped, -OUT * settings.temperature, 0))
 
+    def ended(point: jax.Array) -> jax.Array:
+        """Points with what no search ends with far below the others."""
+        return point.at[:, space.dims :].add(jnp.where(is_zero, -OUT, 0))
+
     def skips(point: jax.Array) -> jax.Array:
-        """How many choices favour what is guarded against: i32[n]."""
-        return jnp.sum((at.favourite(c, point)[:, c.owner] == c.place) & is_skip, axis=1)
+        """How many choices would end with what is guarded against: i32[n]."""
+        return jnp.sum((at.favourite(c, ended(point))[:, c.owner] == c.place) & is_skip, axis=1)
 
     def init(key: jax.Array, settings: Settings) -> State:
         point = start(c, latin_hypercube(key, n, draws), is_skip)
@@ -150,14 +155,15 @@ def _functions(
         fresh = ~is_over & (anew | (state.trial < 0) | (now == windows))
         trial = jnp.where(fresh, state.started + jnp.cumsum(fresh, dtype=jnp.int32) - 1, state.trial)
         age, life = jnp.where(anew, 0, state.age), state.life + anew
-        unit, search = at.unit_of(c, point), jnp.arange(n, dtype=jnp.int32)
+        there, search = jnp.where(searching, point, ended(point)), jnp.arange(n, dtype=jnp.int32)
+        unit = at.unit_of(c, there)
         heat = jnp.where(searching, jnp.broadcast_to(settings.temperature, (n,)), 0)
         gone = jnp.minimum(now, windows).astype(point.dtype) / windows
         dropped = jnp.zeros((n, len(c.owner)), bool)
         if guards and guard == "dropout":
             chance = uniform(bits(key_drop, (n, len(c.owner))))
             dropped = jnp.asarray(is_skip) & (chance < settings.dropout * (1 - gone))
-        soft = at.weights(c, seen(point, dropped, settings), heat) if len(c.owner) else None
+        soft = at.weights(c, seen(there, dropped, settings), heat) if len(c.owner) else None
         # The network of a search has all options, also where one of them has all of the weight.
         soft = None if soft is None else jnp.minimum(soft, jnp.where(searching, SOFTEST, 1))
         trials = Trials(
@@ -238,6 +244,7 @@ def darts(
     retrain: int | None = None,
     guard: str | None = "early_stopping",
     skip: object = "skip_connect",
+    zero: object = "none",
     warm_up: float = 0.25,
     most: float = 2,
     dropout: float = 0.5,
@@ -247,8 +254,8 @@ def darts(
 
     A `Categorical(relaxed=True)` is softmax weights in `hparams` while a search lasts. After every window of training
     steps they move along the gradient of `Trainable.evaluate`, the loss on validation data, and the training goes on
-    with the new ones. In the end each choice is the option with the largest weight, and the network of these alone
-    trains from the beginning: its loss is the one that counts. Floats and integers move too, as in `gradient`, in so
+    with the new ones. In the end each choice is the option with the largest weight, that of no operation aside, and the
+    network of these alone trains from the beginning: its loss is the one that counts. Floats and integers move too, as in `gradient`, in so
     far as the order of the gradient lets them; other choices are spread over the searches.
 
     A search whose loss or gradient is not finite begins anew elsewhere. Points given as `initial` are where the first
@@ -268,6 +275,8 @@ def darts(
         there on. "dropout": each choice does without them in a window with a probability that falls from `dropout` to
         0, so that the other operations learn. `None` is no guard.
       skip: the option that is guarded against; choices that do not have it are not counted.
+      zero: the option of no operation, with which no choice ends: what it has of the weight takes from all others
+        alike, so it says nothing of which of them is best.
       warm_up: share of a search, in [0, 1], in which the network trains and the choices stand still.
       most: choices that may favour the guarded option, at least 0. Only of early stopping.
       dropout: in [0, 1). Only of dropout.
@@ -318,7 +327,9 @@ def darts(
         most=array(real("most", most, 0, 1e6, "2 is usual")),
         dropout=array(real("dropout", dropout, 0, 0.999, "0.5 is usual")),
     )
-    init, ask, tell = _functions(space, searches, every, windows, retrain, guard, guarded(space, skip), parts)
+    init, ask, tell = _functions(
+        space, searches, every, windows, retrain, guard, places(space, skip), places(space, zero), parts
+    )
     return Method(
         "darts",
         space,

@@ -75,7 +75,7 @@ def test_a_search_and_then_what_it_found_from_the_beginning():
 
 
 def test_a_step_of_sgd_is_the_slope_of_the_logits():
-    method = hpo.darts(SPACE, optax.sgd(0.5), max_steps=8, searches=2, temperature=2.0, warm_up=0.0)
+    method = hpo.darts(SPACE, optax.sgd(0.5), max_steps=8, searches=2, temperature=2.0, warm_up=0.0, guard=None)
     trials, state = method.ask(KEY, method.init(KEY))
     slope = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trials.hparams)
     after = method.tell(state, trials, jnp.ones(2), slope)
@@ -197,6 +197,15 @@ def test_integers_may_be_in_the_training_state():
     method = hpo.darts({"n": hpo.Int(1, 8), "edge": SPACE.tree["edges"][0]}, max_steps=4, searches=2)
     result = hpo.minimize(counting, method, key=KEY, progress=False)
     np.testing.assert_allclose(result.trials.loss[-2:], (4 - result.trials.hparams["n"][-2:]) ** 2, rtol=1e-5)
+
+
+def test_no_search_ends_with_nothing():
+    least = LATER._replace(evaluate=lambda w, h: -sum(2 * edge[0] + edge[2] for edge in h["edges"]))
+    arguments = {"optimizer": optax.sgd(0.5), "max_steps": 20, "searches": 2, "retrain": 1, "warm_up": 0.0}
+    for zero, expected in (("none", 2), ("other", 0)):
+        trials = hpo.minimize(least, hpo.darts(SPACE, zero=zero, **arguments), key=KEY).trials
+        edges = np.stack(trials.hparams["edges"], 1)
+        assert (edges[-4:-2].argmax(-1) == 0).all() and (edges[-2:].argmax(-1) == expected).all()
 
 
 def test_a_search_that_begins_with_too_many_skips_may_leave_them():
