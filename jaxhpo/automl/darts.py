@@ -255,8 +255,8 @@ def darts(
     A `Categorical(relaxed=True)` is softmax weights in `hparams` while a search lasts. After every window of training
     steps they move along the gradient of `Trainable.evaluate`, the loss on validation data, and the training goes on
     with the new ones. In the end each choice is the option with the largest weight, that of no operation aside, and the
-    network of these alone trains from the beginning: its loss is the one that counts. Floats and integers move too, as in `gradient`, in so
-    far as the order of the gradient lets them; other choices are spread over the searches.
+    network of these alone trains from the beginning: its loss is the one that counts. Floats and integers move too, as
+    in `gradient`, in so far as the order of the gradient lets them; other choices are spread over the searches.
 
     A search whose loss or gradient is not finite begins anew elsewhere. Points given as `initial` are where the first
     searches begin; known results, which come without a training state, tell it nothing.
@@ -327,9 +327,8 @@ def darts(
         most=array(real("most", most, 0, 1e6, "2 is usual")),
         dropout=array(real("dropout", dropout, 0, 0.999, "0.5 is usual")),
     )
-    init, ask, tell = _functions(
-        space, searches, every, windows, retrain, guard, places(space, skip), places(space, zero), parts
-    )
+    named = places(space, skip), places(space, zero)
+    init, ask, tell = _functions(space, searches, every, windows, retrain, guard, *named, parts)
     return Method(
         "darts",
         space,
