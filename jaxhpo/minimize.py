@@ -149,9 +149,7 @@ def minimize(
         result = _Shell(driver, method, budget, given, store, callbacks, processes, started).run(progress)
     except AllTrialsFailed as error:
         culprit = _culprit(problem, method, key, error.result.trials)
-        if culprit:
-            error.add_note(culprit)
-        raise
+        raise AllTrialsFailed(f"{error}; {culprit}" if culprit else str(error), error.result) from None
     finally:
         driver.close()
     _warn_of_gradients(result.trials, functools.partial(_culprit, problem, method, key, result.trials))

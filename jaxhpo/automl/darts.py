@@ -274,7 +274,7 @@ def darts(
         first step that leads more than `most` choices to favour them is not made, and the choices stand still from
         there on. "dropout": each choice does without them in a window with a probability that falls from `dropout` to
         0, so that the other operations learn. `None` is no guard.
-      skip: the option that is guarded against; choices that do not have it are not counted.
+      skip: the option that is guarded against, of one relaxed choice at least if there are any.
       zero: the option of no operation, with which no choice ends: what it has of the weight takes from all others
         alike, so it says nothing of which of them is best.
       warm_up: share of a search, in [0, 1], in which the network trains and the choices stand still.
@@ -299,7 +299,7 @@ def darts(
       ...     step=lambda key, w, h: w - 0.1 * jax.grad(lambda w: ((mixed(w, x, h["edge"]) - 3 * x) ** 2).mean())(w),
       ...     evaluate=lambda w, h: ((mixed(w, x, h["edge"]) - 3 * x) ** 2).mean(),
       ... )
-      >>> result = hpo.minimize(trainable, hpo.darts(space, max_steps=200), key=jax.random.key(0))
+      >>> result = hpo.minimize(trainable, hpo.darts(space, max_steps=200, skip="skip"), key=jax.random.key(0))
       >>> result.best_hparams["edge"], result.best_loss < 1e-3
       ('double', True)
 
@@ -328,6 +328,12 @@ def darts(
         dropout=array(real("dropout", dropout, 0, 0.999, "0.5 is usual")),
     )
     named = places(space, skip), places(space, zero)
+    if guard is not None and named[0] and not any(named[0]):
+        options = sorted({repr(o) for leaf in space.leaves if leaf.kind == "relaxed" for o in leaf.parameter.options})
+        raise ValueError(
+            f"skip={skip!r} is an option of no relaxed choice, so nothing is guarded against; they have "
+            f"{', '.join(options)}: name one, or say guard=None"
+        )
     init, ask, tell = _functions(space, searches, every, windows, retrain, guard, *named, parts)
     return Method(
         "darts",

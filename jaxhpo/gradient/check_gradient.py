@@ -21,6 +21,7 @@ from jaxhpo.gradient.online import Online
 from jaxhpo.gradient.path import NonFinite, Path, as_arrays, look_along, look_back
 from jaxhpo.gradient.tangents import Line
 from jaxhpo.gradient.unroll import Unrolled
+from jaxhpo.trainable import Trainable
 
 PyTree = Any
 
@@ -149,7 +150,7 @@ def _advice(verdict: str, objective: Any, path: Path | None, culprit: NonFinite 
             "Implicit is exact only where training has converged, and sees no hyperparameter that acts on the way "
             "alone, such as a learning rate: train longer, give its solver more steps, or use Reverse()."
         )
-    if verdict == "disagrees" and isinstance(adjoint, Online):
+    if verdict in ("disagrees", "not smooth") and isinstance(adjoint, Online):
         advice.append("Online holds its moves, which finite differences do not; to judge it, let no window end.")
     if still and verdict in ("disagrees", "too noisy"):
         advice.append("The loss moves but its gradient is 0: it goes by steps, as an accuracy; evaluate a smooth loss.")
@@ -195,6 +196,11 @@ def check_gradient(
     Reference:
       Ridders (1982), Accurate computation of F'(x) and F'(x) F''(x).
     """
+    if not callable(objective) or isinstance(objective, Trainable):
+        raise TypeError(
+            f"objective must be a function (key, hparams) -> loss, got {type(objective).__name__}; of training, say "
+            "hpo.unroll(trainable, steps=...)"
+        )
     directions = whole("directions", directions, 1)
     real("eps", eps, 1e-12, 0.5, "it is relative to each hyperparameter")
     key = jax.random.key(0) if key is None else key

@@ -115,7 +115,6 @@ def skips(trainable, guard, *settings, **arguments):
 
 def test_early_stopping_keeps_a_search_from_skipping_everything():
     assert skips(LATER, None, {}) == [[3, 3, 3, 3]]
-    assert skips(LATER, "early_stopping", {}, skip="other") == [[3, 3, 3, 3]], "an option that is not there"
     limits = [{"most": jnp.float32(most)} for most in (0, 1, 2)]
     assert skips(LATER, "early_stopping", *limits) == [[0] * 4, [1] * 4, [2] * 4]
 
@@ -241,6 +240,7 @@ def test_a_search_begins_where_the_user_says():
         ({"max_steps": 9, "order": 3}, ValueError, "order=3 reaches back through 2 training steps, but every=1"),
         ({"max_steps": 9, "retrain": 0}, ValueError, "retrain must be at least 1, got 0"),
         ({"max_steps": 9, "guard": "drop"}, ValueError, "guard must be one of .*, got 'drop'"),
+        ({"max_steps": 9, "skip": "skip"}, ValueError, "skip='skip' is an option of no relaxed choice.*'skip_connect'"),
         ({"max_steps": 9, "warm_up": 2}, ValueError, "warm_up must be in"),
         ({"max_steps": 9, "most": -1}, ValueError, "most must be in"),
         ({"max_steps": 9, "optimizer": "adam"}, TypeError, "optimizer must be an optax optimizer, got 'adam'"),

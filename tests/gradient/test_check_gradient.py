@@ -129,6 +129,8 @@ def test_errors():
         hpo.check_gradient(lambda key, h: h["x"], {"x": 1.0}, directions=0)
     with pytest.raises(ValueError, match="eps must be in"):
         hpo.check_gradient(lambda key, h: h["x"], {"x": 1.0}, eps=0.0)
+    with pytest.raises(TypeError, match=r"objective must be a function.*got Trainable; of training, say hpo\.unroll"):
+        hpo.check_gradient(adam(0.0), {"lr": 1.0})
     with pytest.raises(TypeError, match="hparams must have a float"):
         hpo.find_nonfinite(hpo.unroll(adam(0.0), 2), {"lr": 1})
     with pytest.raises(TypeError, match=r"unrolled training.*hpo\.unroll"):
