@@ -1,7 +1,6 @@
 """Optimizers of optax as methods keep them: shared by what is compiled, each step for many vectors at once."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,9 +47,15 @@ def parts_of(optimizer: Any) -> Parts:
     init, update = getattr(optimizer, "init", None), getattr(optimizer, "update", None)
     if not callable(init) or not callable(update):
         raise TypeError(f"optimizer must be an optax optimizer, got {optimizer!r}; say optax.adam(0.05)")
-    if getattr(inspect.signature(update).parameters.get("value_fn"), "default", None) is inspect.Parameter.empty:
+    parts = Parts(init, update, isinstance(optimizer, optax.GradientTransformationExtraArgs))
+    begin, step = stepper(parts)
+    try:
+        jax.eval_shape(lambda x: step(x, begin(x), x, x[:, 0]), jnp.zeros((1, 2)))
+    except TypeError as error:
+        if "keyword-only argument" not in str(error):
+            raise
         raise TypeError(
-            "optimizer calls the objective itself, as line searches do, but each step here is one trial; say "
+            "optimizer calls the objective itself, as line searches do, but here each step is one trial; say "
             "hpo.trust_region(), or optax.adam(0.05)"
-        )
-    return Parts(init, update, isinstance(optimizer, optax.GradientTransformationExtraArgs))
+        ) from error
+    return parts
