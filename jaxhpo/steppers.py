@@ -50,7 +50,7 @@ def parts_of(optimizer: Any) -> Parts:
     parts = Parts(init, update, isinstance(optimizer, optax.GradientTransformationExtraArgs))
     begin, step = stepper(parts)
     try:
-        jax.eval_shape(lambda x: step(x, begin(x), x, x[:, 0]), jnp.zeros((1, 2)))
+        jax.eval_shape(lambda x: step(x, begin(x), x, x[:, 0]), jax.ShapeDtypeStruct((1, 2), jnp.float32))
     except TypeError as error:
         if "keyword-only argument" not in str(error):
             raise

@@ -233,6 +233,12 @@ def _functions(
     return init, ask, tell
 
 
+@functools.cache
+def usual() -> Parts:
+    """The optimizer where none is given, the same each time, so that what is compiled is shared."""
+    return parts_of(optax.adam(0.05))
+
+
 def darts(
     space: PyTree,
     optimizer: optax.GradientTransformation | None = None,
@@ -308,7 +314,7 @@ def darts(
       Chen, Xie, Wu and Tian (2019), Progressive differentiable architecture search.
     """
     space = Space.of(space, most=None)
-    parts = _ADAM if optimizer is None else parts_of(optimizer)
+    parts = usual() if optimizer is None else parts_of(optimizer)
     every, order = whole("every", every, 1), whole("order", order, 1)
     windows = -(-whole("max_steps", max_steps, 1) // every)
     retrain = max_steps if retrain is None else whole("retrain", retrain, 1)
@@ -348,6 +354,3 @@ def darts(
         uses_gradients=True,
         lookback=order - 1,
     )
-
-
-_ADAM = parts_of(optax.adam(0.05))
