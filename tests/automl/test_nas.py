@@ -269,3 +269,36 @@ def test_pictures(tmp_path):
         nas.draw(CNN)
     with pytest.raises(TypeError, match="must be an MLP, a CNN or a CellNet, got PlainCell"):
         nas.export(cell, {}, {})
+
+
+def test_what_is_never_true_costs_nothing_as_a_number_of_a_native_architecture_too():
+    never = {"dropout": 0.0, "norm": False, "skip": (False, False, False)}
+    module, x = nas.build(MLP.clone(norm=True), never), X.reshape(5, -1)
+    params = module.init(KEY, x)["params"]
+
+    def costs(module, train):
+        text = str(jax.make_jaxpr(lambda p: module.apply({"params": p}, x, train=train))(params))
+        return [text.count(f" {name} ") for name in ("add", "rsqrt", "shift_right_logical")]
+
+    plain = costs(MLP.clone(norm=False), False)
+    assert costs(module, True) == plain
+    for other in (module.clone(norm=True), module.clone(skip=True)):
+        assert costs(other, False) > plain
+
+
+def test_errors_name_what_was_given_and_the_remedy():
+    params = MLP.init(KEY, X)["params"]
+    remedy = "give those of one trial, without the collection 'params'"
+    with pytest.raises(ValueError, match=f"params must have the layers .*'hidden_0'.* got \\['params'\\]; {remedy}"):
+        nas.export(MLP, {}, {"params": params})
+    with pytest.raises(ValueError, match=f"params must have the layers .* got list; {remedy}"):
+        nas.export(MLP, {}, [params])
+    with pytest.raises(ValueError, match=rf"params must be of a network of 3 features, got biases \(2, 3\); {remedy}"):
+        nas.export(MLP, {}, jax.tree.map(lambda p: jnp.stack([p, p]), params))
+    mean = hpo.Trainable(lambda key, h: 0.0, lambda key, s, h: s, lambda s, h: s)
+    with pytest.raises(TypeError, match="trainable must be a Trainable, got <function"):
+        nas.train_supernet(lambda key, h: 0.0, {"x": hpo.Float(0, 1)}, 3, key=KEY)
+    with pytest.raises(TypeError, match="trainable must be a Trainable, got 3; make one"):
+        nas.shared_weights(3, {})
+    with pytest.raises(TypeError, match=r"key must be one PRNG key, got 0; say jax.random.key\(0\)"):
+        nas.train_supernet(mean, {"x": hpo.Float(0, 1)}, 3, key=0)
