@@ -138,6 +138,7 @@ def standardise(x: jax.Array, channels: ArrayLike | None = None) -> jax.Array:
     count = math.prod(x.shape[1:-1]) * (x.shape[-1] if channels is None else jnp.asarray(channels, x.dtype))
     mean = jnp.where(used, x, 0).sum(axes, keepdims=True) / count
     centred = jnp.where(used, x - mean, 0)
+    centred = jax.lax.optimization_barrier(centred)
     return centred * jax.lax.rsqrt((centred**2).sum(axes, keepdims=True) / count + EPSILON)
 
 
