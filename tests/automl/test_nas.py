@@ -206,12 +206,15 @@ def test_architectures_train_side_by_side_as_each_does_alone():
     units, keys = space.sample(KEY, 8), jax.random.split(KEY, 8)
     begun, before, losses = train(units, keys)
     assert (losses < before).all()
-    for i in (0, 3, 7):
+    for i in (0, 7):
         module, small = nas.export(network, space.native(space.decode(units), i), row(begun.params, i))
         plain = training(model=lambda h: module)  # noqa: B023
-        state = plain.init(KEY, None)._replace(params=small, order=begun.order[i])
-        state = jax.jit(lambda s, key: jax.lax.fori_loop(1, 31, step(plain, key, None), s))(state, keys[i])  # noqa: B023
-        np.testing.assert_allclose(losses[i], plain.evaluate(state, None), rtol=1e-3)
+
+        def alone(small, order, key):
+            begun = plain.init(KEY, None)._replace(params=small, order=order)  # noqa: B023
+            return plain.evaluate(jax.lax.fori_loop(1, 31, step(plain, key, None), begun), None)  # noqa: B023
+
+        np.testing.assert_allclose(losses[i], jax.jit(alone)(small, begun.order[i], keys[i]), rtol=1e-3)
 
 
 def test_shared_weights_of_sampled_paths_rank_architectures():
