@@ -5,8 +5,8 @@
 
 lanes    random architectures of the CNN space on scikit-learn's digits, 50 steps each: all at once; and one after the
          other as flax modules, as one writes it today (build, jit, loop), from the same initial weights and batches
-search   a searched CNN beside a fixed one that has at least as many parameters, whose training is tuned by as many
-         trials; images are split anew for each seed, and the test images are seen by neither search
+search   a searched CNN beside a fixed one that has at least as many parameters, whose training is tuned at the same
+         cost; images are split anew for each seed, and the test images are seen by neither search
 sharing  how the losses by the shared weights of a supernet rank architectures, beside training each alone
 """
 
@@ -135,13 +135,14 @@ def row(tree, i):
 # A searched network beside a fixed one.
 
 
-def contest(network, space, data, trials, steps, method, seed, first, again=4):
-    """Searches from a first point, and trains the best few again by eight keys: test accuracy, parameters and more."""
+def contest(network, space, data, total, steps, seed, first, again=4, keys=6):
+    """Searches from a first point, and trains the best few by other keys again: test loss and accuracy, and more."""
     train, valid, test = data
     build = lambda h: nas.build(network, h["network"]).clone(norm=h["norm"])  # noqa: E731
     trainable = training(build, train, valid)
     key = jax.random.key(seed)
-    result = hpo.minimize(hpo.unroll(trainable, steps), method(space), key=key, trials=trials, initial=[first])
+    method = hpo.bohb(space, max_steps=steps, min_steps=steps // 9, eta=3, batch=16)
+    result = hpo.minimize(trainable, method, key=key, steps=total, initial=[first])
     best = result.trials.best(again)
 
     @jax.jit
@@ -150,44 +151,45 @@ def contest(network, space, data, trials, steps, method, seed, first, again=4):
             h = space.fill(hparams)
             step = lambda i, state: trainable.step(jax.random.fold_in(key, i), state, h)  # noqa: E731
             state = jax.lax.fori_loop(1, steps + 1, step, trainable.init(jax.random.fold_in(key, 0), h))
-            right = build(h).apply({"params": state.params}, test[0]).argmax(-1) == test[1]
-            return trainable.evaluate(state, h), right.mean()
+            outputs = build(h).apply({"params": state.params}, test[0])
+            right = outputs.argmax(-1) == test[1]
+            return trainable.evaluate(state, h), cross_entropy(outputs, test[1]).mean(), right.mean()
 
         return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(keys, hparams)
 
     found = jax.tree.map(lambda x: jnp.asarray(x[best]), result.trials.hparams)
-    losses, accuracies = several(jax.random.split(jax.random.fold_in(key, 1), 8), found)
-    winner = int(losses.mean(1).argmin())
+    valids, losses, accuracies = several(jax.random.split(jax.random.fold_in(key, 1), keys), found)
+    winner = int(valids.mean(1).argmin())
     native = space.native(found, winner)
     masked = nas.build(network, native["network"]).clone(norm=native["norm"])
     module, small = nas.export(masked, {}, masked.init(jax.random.key(0), train[0][:1])["params"])
-    return float(accuracies[winner].mean()), parameters(small), module, native
+    scores = np.array([losses[winner].mean(), accuracies[winner].mean()])
+    return scores, parameters(small), module, native, len(np.unique(result.trials.id))
 
 
-def search(seeds, trials, steps, name):
-    lanes = {"population" if name == "genetic" else "batch": 16}
-    method = lambda space: getattr(hpo, name)(space, **lanes)  # noqa: E731
+def search(seeds, total, steps):
     gains = []
     for seed in range(seeds):
-        data = digits(300 + seed)
+        data = digits(400 + seed)
         begun = time.perf_counter()
-        ours, size, module, native = contest(
-            NETWORK, SEARCHED, data, trials, steps, method, seed, {"network": LARGEST, **USUAL}
+        ours, size, module, native, tried = contest(
+            NETWORK, SEARCHED, data, total, steps, seed, {"network": LARGEST, **USUAL}
         )
         middle = time.perf_counter()
-        fixed, fixed_size, _, tuned = contest(FIXED, TUNED, data, trials, steps, method, seed, {"network": {}, **USUAL})
+        fixed, fixed_size, _, tuned, others = contest(FIXED, TUNED, data, total, steps, seed, {"network": {}, **USUAL})
         assert fixed_size >= size
-        gains.append(ours - fixed)
+        gains.append((fixed[0] - ours[0], ours[1] - fixed[1]))
         took = f"{middle - begun:.0f} and {time.perf_counter() - middle:.0f} s"
-        print(f"seed {seed}: searched {ours:.4f} ({size} parameters), fixed {fixed:.4f} ({fixed_size}), {took}")
+        print(f"seed {seed}: searched {ours.round(4)} ({size} parameters, {tried} trials),", end=" ")
+        print(f"fixed {fixed.round(4)} ({fixed_size}, {others}), {took}")
         print("  " + nas.describe(module).replace("\n", "; "))
         print(
             f"  norm {native['norm']}, lr {native['lr']:.4f}; fixed: norm {tuned['norm']}, lr {tuned['lr']:.4f}",
             flush=True,
         )
-    gains = np.array(gains)
-    half = 2.776 * gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) == 5 else np.nan
-    print(f"gain in test accuracy {gains.mean():.4f} +- {half:.4f} (95%, paired), above in {(gains > 0).sum()} seeds")
+    for name, gain in zip(("test cross-entropy", "test accuracy"), np.array(gains).T, strict=True):
+        half = 2.776 * gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) == 5 else np.nan
+        print(f"gain in {name} {gain.mean():.4f} +- {half:.4f} (95%, paired), above in {(gain > 0).sum()} seeds")
 
 
 # Shared weights.
@@ -231,16 +233,15 @@ def main():
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--steps", type=int, default=50, help="of the lanes")
     p.add_argument("--seeds", type=int, default=5)
-    p.add_argument("--trials", type=int, default=96, help="of a search")
-    p.add_argument("--search-steps", type=int, default=200, help="training steps of a trial of a search")
-    p.add_argument("--method", default="tpe")
+    p.add_argument("--total", type=int, default=24_000, help="training steps of a search, all trials together")
+    p.add_argument("--search-steps", type=int, default=270, help="most training steps of a trial")
     p.add_argument("--supernet-steps", type=int, default=3000)
     a = p.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     if "lanes" in a.parts:
         lanes(a.lanes, a.alone, a.steps, a.repeats)
     if "search" in a.parts:
-        search(a.seeds, a.trials, a.search_steps, a.method)
+        search(a.seeds, a.total, a.search_steps)
     if "sharing" in a.parts:
         sharing(a.lanes, a.supernet_steps, a.search_steps)
 

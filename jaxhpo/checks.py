@@ -5,6 +5,8 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
+import jax
+
 
 def whole(name: str, value: Any, low: int, remedy: str = "", most: int | None = None) -> int:
     """`value` as an int of at least `low` and, if it is given, at most `most`.
@@ -47,3 +49,14 @@ def one_of(name: str, value: Any, options: Collection) -> Any:
     if value not in options:
         raise ValueError(f"{name} must be one of {list(options)}, got {value!r}")
     return value
+
+
+def one_key(key: Any, remedy: str = "") -> jax.Array:
+    """`key`, which is one typed PRNG key, traced or not.
+
+    Raises:
+      TypeError: it is none.
+    """
+    if isinstance(key, jax.Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        return key
+    raise TypeError(f"key must be one PRNG key, got {key!r}; say jax.random.key(0){remedy}")

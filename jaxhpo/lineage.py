@@ -15,6 +15,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.text import Text
 
+from jaxhpo.checks import one_key
 from jaxhpo.digest import canonical
 from jaxhpo.lanes import raw_of
 from jaxhpo.records import Records, take, texts
@@ -222,8 +223,7 @@ def replay(trainable: Trainable, schedule: Schedule, key: jax.Array) -> Replay:
         raise TypeError(f"trainable must be a Trainable, got {trainable!r}; a schedule is of training steps")
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a Schedule, got {schedule!r}; say result.schedule()[0]")
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
-        raise TypeError(f"key must be one PRNG key, got {key!r}; say jax.random.key(0), and jax.vmap for many")
+    key = one_key(key, ", and jax.vmap for many")
     segments = max(FEWEST, 1 << (len(schedule) - 1).bit_length())
     run, data, restore = _program(_Plan(trainable, schedule.space, segments, key))
     padded = lambda x: np.concatenate([x, np.repeat(x[-1:], segments - len(schedule), 0)])  # noqa: E731

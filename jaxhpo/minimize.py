@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxhpo.budget import Budget, Tally, ends, read_budget
 from jaxhpo.checkpoint import Directory, describe
-from jaxhpo.checks import whole
+from jaxhpo.checks import one_key, whole
 from jaxhpo.device import Device
 from jaxhpo.digest import canonical, digest
 from jaxhpo.external import External, Host
@@ -159,9 +159,7 @@ def minimize(
 def _typed(key: jax.Array) -> jax.Array:
     if isinstance(key, jax.core.Tracer):
         raise TypeError("minimize runs on the host, not under a transformation; inside jit or vmap use hpo.study")
-    if isinstance(key, jax.Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
-        return key
-    raise TypeError(f"key must be one PRNG key, got {key!r}; say jax.random.key(0)")
+    return one_key(key)
 
 
 class _Shell:

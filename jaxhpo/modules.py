@@ -165,7 +165,7 @@ class CNN(nn.Module):
         layers = (self.stages, self.max_depth)
         channels = within("channels", self.channels, self.max_channels, layers[:1])
         depth = within("depth", self.depth, self.max_depth, layers[:1])
-        kernel = within("kernel", self.kernel, self.max_kernel, layers) // 2 * 2 + 1
+        kernel = within("kernel", self.kernel, self.max_kernel, layers) | 1
         skip = each("skip", self.skip, layers)
         if self.max_kernel % 2 == 0:
             raise ValueError(f"max_kernel must be odd, got {self.max_kernel}; use {self.max_kernel + 1}")
@@ -200,7 +200,7 @@ class CNN(nn.Module):
         channels = np.asarray(within("channels", self.channels, self.max_channels, layers[:1]))
         depths = np.asarray(within("depth", self.depth, self.max_depth, layers[:1]))
         most, depth = int(channels.max()), int(depths.max())
-        kernels = np.asarray(within("kernel", self.kernel, self.max_kernel, layers) // 2 * 2 + 1)[:, :depth]
+        kernels = np.asarray(within("kernel", self.kernel, self.max_kernel, layers) | 1)[:, :depth]
         size = int(kernels.max())
         small = {"out": cut(params["out"], most, self.features)}
         for stage in range(self.stages):

@@ -1,5 +1,6 @@
 """A trained network with traced sizes as the network of its architecture alone."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ def export(network: nn.Module, architecture: dict[str, Any], params: PyTree) -> 
 
     Raises:
       TypeError: `network` is another module.
+      ValueError: `params` are not those of the network.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxhpo as hpo
@@ -42,8 +44,29 @@ def export(network: nn.Module, architecture: dict[str, Any], params: PyTree) -> 
     """
     for kind, exported in _KINDS.items():
         if isinstance(network, kind):
+            _check(network, params)
             return exported(build(network, architecture), params)
     raise TypeError(f"network must be an MLP, a CNN or a CellNet, got {type(network).__name__}")
+
+
+def _check(network: Any, params: PyTree) -> None:
+    given = set(params) if isinstance(params, Mapping) else type(params).__name__
+    remedy = "; give those of one trial, without the collection 'params'"
+    if given != (layers := _layers(network)):
+        found = sorted(given) if isinstance(given, set) else given
+        raise ValueError(f"params must have the layers {sorted(layers)} of network, got {found}{remedy}")
+    if (shape := np.shape(params["out"]["bias"])) != (network.features,):
+        raise ValueError(f"params must be of a network of {network.features} features, got biases {shape}{remedy}")
+
+
+def _layers(network: MLP | CNN | CellNet) -> set[str]:
+    if isinstance(network, MLP):
+        return {"out", *(f"hidden_{i}" for i in range(network.max_depth))}
+    stages = range(network.stages)
+    if isinstance(network, CNN):
+        return {"out", *(f"conv_{stage}_{i}" for stage in stages for i in range(network.max_depth))}
+    cells = {f"cell_{stage}_{i}" for stage in stages for i in range(network.cells)}
+    return {"stem", "out", *cells, *(f"reduce_{stage}" for stage in stages[1:])}
 
 
 def _mlp(network: MLP, params: PyTree) -> tuple[PlainMLP, PyTree]:
@@ -66,7 +89,7 @@ def _cnn(network: CNN, params: PyTree) -> tuple[PlainCNN, PyTree]:
     layers = (network.stages, network.max_depth)
     channels = within("channels", network.channels, network.max_channels, layers[:1]).tolist()
     depths = within("depth", network.depth, network.max_depth, layers[:1]).tolist()
-    kernels = (within("kernel", network.kernel, network.max_kernel, layers) // 2 * 2 + 1).tolist()
+    kernels = (within("kernel", network.kernel, network.max_kernel, layers) | 1).tolist()
     skips = each("skip", network.skip, layers).tolist()
     norm = bool(network.norm)
     stages: list[tuple[Block, ...]] = []

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxhpo.checks import whole
+from jaxhpo.checks import one_key, whole
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.trainable import Trainable, hoist
 
@@ -40,6 +40,9 @@ def train_supernet(
     Returns:
       The train state.
 
+    Raises:
+      TypeError: `trainable` is no `Trainable`, or `key` is not one PRNG key.
+
     Example:
       >>> import jax, jax.numpy as jnp, jaxhpo as hpo
       >>> mean = hpo.Trainable(  # of the options that are drawn
@@ -51,6 +54,8 @@ def train_supernet(
       >>> hpo.minimize(shared_weights(mean, state), hpo.grid(space), key=key).best_hparams
       {'x': 1}
     """
+    _check(trainable)
+    key = one_key(key)
     space, steps = Space.of(space), whole("steps", steps, 1)
     largest = space.decode(jnp.ones(space.dims, working_dtype())) if initial is None else space.read(initial)
 
@@ -78,9 +83,20 @@ def shared_weights(trainable: Trainable, state: PyTree) -> Callable:
     Returns:
       `(key, hparams) -> loss`, for any method. The order of architectures is only like that after training each alone;
       train the best ones again.
+
+    Raises:
+      TypeError: `trainable` is no `Trainable`.
     """
+    _check(trainable)
 
     def objective(key: jax.Array, hparams: PyTree) -> jax.Array:
         return trainable.evaluate(state, hparams)
 
     return objective
+
+
+def _check(trainable: Trainable) -> None:
+    if not isinstance(trainable, Trainable):
+        raise TypeError(
+            f"trainable must be a Trainable, got {trainable!r}; make one by hpo.flax_trainable(model=..., ...)"
+        )
