@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -22,7 +23,7 @@ CURVE = 5
 
 
 class Curve(NamedTuple):
-    """What has been seen of training runs, arrays [n]; losses are logarithms, 0 before the first one."""
+    """What has been seen of training runs, arrays [n]; losses are logarithms above a level, 0 before the first one."""
 
     last: jax.Array
     """the last loss"""
@@ -66,8 +67,16 @@ def outputs_and_value(net: Network, params: PyTree, features: jax.Array) -> tupl
 
 
 def hidden_of(params: PyTree) -> int:
-    """The size of the hidden layers of a network with these parameters."""
-    return params["params"]["Dense_0"]["kernel"].shape[-1]
+    """The size of the hidden layers of a network with these parameters.
+
+    Raises:
+      TypeError: they are not those of a network.
+    """
+    try:
+        return params["params"]["Dense_0"]["kernel"].shape[-1]
+    except (TypeError, KeyError, AttributeError, IndexError):
+        what = type(params).__name__
+        raise TypeError(f"params must be the policy of a controller's state, got a {what}; give state.policy") from None
 
 
 def begun(space: Space, n: int) -> Curve:
@@ -76,9 +85,18 @@ def begun(space: Space, n: int) -> Curve:
     return Curve(zero, zero, zero, jnp.zeros(n, jnp.int32), jnp.full((n, space.dims), 0.5, zero.dtype))
 
 
-def seen(curve: Curve, loss: jax.Array, unit: jax.Array) -> Curve:
-    """After a stretch: `loss`, float[n], which counts as unchanged where it is not finite."""
-    now = jnp.where(jnp.isfinite(loss), jnp.log(jnp.maximum(loss, LOWEST)), curve.last).astype(curve.last.dtype)
+def level_of(losses: jax.Array, on: jax.Array) -> jax.Array:
+    """The logarithm of the median of losses, float[n], that are `on`: float[], NaN where none is."""
+    return jnp.log(jnp.maximum(jnp.nanmedian(jnp.where(on, losses, jnp.nan)), LOWEST))
+
+
+def seen(curve: Curve, loss: jax.Array, unit: jax.Array, level: jax.Array) -> Curve:
+    """After a stretch: `loss`, float[n], which counts as unchanged where it is not finite.
+
+    Its logarithm counts from `level`, float[], and is at least that of `LOWEST`.
+    """
+    above = jnp.log(jnp.maximum(loss, jnp.finfo(curve.last.dtype).tiny)) - level
+    now = jnp.where(jnp.isfinite(loss), jnp.maximum(above, np.log(LOWEST)), curve.last).astype(curve.last.dtype)
     is_first = curve.interval == 0
     best = jnp.where(is_first, now, jnp.minimum(curve.best, now))
     return Curve(now, curve.last - now, best, curve.interval + 1, unit.astype(curve.unit.dtype))
@@ -162,7 +180,7 @@ def agent_loss(
     target: jax.Array,
     clip: jax.Array,
     entropy: jax.Array,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """What the agent is to minimise (equation 9): less gain and entropy, and half the squared error of the value.
 
     Args:
@@ -174,10 +192,25 @@ def agent_loss(
       target: float[horizon, n], for the value.
       clip: float[], of the ratio of probabilities.
       entropy: float[], its weight.
+
+    Returns:
+      That, float[], and log-probabilities of the actions, float[horizon, n].
     """
     on = rollout.round >= 0
     outputs, value = outputs_and_value(net, params, rollout.features)
     log_prob = log_probs(space, outputs, rollout.unit).sum(-1)
     gain = clipped_gain(log_prob, rollout.log_prob, advantage, clip)
     each = (value - target) ** 2 / 2 - gain - entropy * entropies(space, outputs, rollout.unit).sum(-1)
-    return jnp.where(on, each, 0).sum() / jnp.maximum(on.sum(), 1)
+    return jnp.where(on, each, 0).sum() / jnp.maximum(on.sum(), 1), log_prob
+
+
+def divergence(before: jax.Array, after: jax.Array, on: jax.Array) -> jax.Array:
+    """An estimate of the Kullback-Leibler divergence of a policy from what it was, never negative: float[].
+
+    Args:
+      before: float[...], log-probabilities of actions that were drawn.
+      after: float[...], those by the policy as it is.
+      on: bool[...], the others are padding.
+    """
+    moved = jnp.where(on, after - before, 0)
+    return (jnp.expm1(moved) - moved).sum() / jnp.maximum(on.sum(), 1)

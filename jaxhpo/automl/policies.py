@@ -28,9 +28,9 @@ NARROWEST, WIDEST, FIRST_WIDTH = 0.005, 1.0, 0.5
 class Heads(NamedTuple):
     """What each dim is drawn from, arrays [dims]; a row of outputs has `width` numbers."""
 
-    discrete: jax.Array
+    discrete: np.ndarray
     """bool: whether from a softmax"""
-    options: jax.Array
+    options: np.ndarray
     """i32: how many options that has, `width` where it is none"""
     width: int
 
@@ -51,7 +51,7 @@ def heads(space: Space) -> Heads:
     discrete = space.categorical | ((space.levels > 0) & (space.levels <= MOST_LEVELS))
     width = max(2, int(space.levels[discrete].max(initial=2)))
     options = np.where(discrete, space.levels, width)
-    return Heads(jnp.asarray(discrete), jnp.asarray(options, jnp.int32), width)
+    return Heads(discrete, options.astype(np.int32), width)
 
 
 def log_softmax(outputs: jax.Array, options: jax.Array) -> jax.Array:
