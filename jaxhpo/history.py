@@ -148,8 +148,12 @@ def on_bucket(function: Callable, history: History, *operands: Any, growth: int 
       >>> history.on_bucket(lambda h: jnp.array([h.losses.min(), h.losses.shape[0]]), record).tolist()
       [1.0, 64.0]
     """
-    rows, told = history[:3], history.count
-    return on_prefix(lambda h, *args: function(History(*h, told), *args), rows, told, *operands, growth=growth)
+    rows, told = (history.unit, history.losses, history.mask), history.count
+
+    def of_rows(rows: tuple[jax.Array, jax.Array, jax.Array], *args: Any) -> Any:
+        return function(History(*rows, told), *args)
+
+    return on_prefix(of_rows, rows, told, *operands, growth=growth)
 
 
 def on_prefix(function: Callable, rows: Any, told: Count, *operands: Any, growth: int = GROWTH) -> Any:

@@ -18,20 +18,22 @@ import optax
 from jax import lax
 
 from jaxhpo.automl.agent import (
+    ADAM,
     CURVE,
     Curve,
+    Learner,
     Rollout,
+    Settings,
     act,
-    agent_loss,
     begun,
-    divergence,
     features,
-    generalized_advantages,
     hidden_of,
-    in_order,
+    learn,
     level_of,
     network,
+    newest,
     outputs_and_value,
+    replaced,
     seen,
 )
 from jaxhpo.automl.policies import log_probs
@@ -41,30 +43,8 @@ from jaxhpo.draws import bits, uniform
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, count, failed
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.trainable import Trainable
-from jaxhpo.variation import best_rows
 
 MOST_STEPS = 2**31 - 1
-
-
-class Settings(NamedTuple):
-    """Numeric settings of a controller, float[] each."""
-
-    learning_rate: jax.Array
-    """of Adam"""
-    discount: jax.Array
-    """of rewards, for every stretch"""
-    trace: jax.Array
-    """lambda: of errors of the value, for every stretch"""
-    clip: jax.Array
-    """of the ratio of probabilities"""
-    entropy: jax.Array
-    """weight of the policy's entropy"""
-    penalty: jax.Array
-    """for a failure; no reward is below its negative"""
-    average: jax.Array
-    """horizons over which the policy is averaged"""
-    divergence: jax.Array
-    """of the policy from what it was before a horizon, beyond which no step is taken"""
 
 
 class Lanes(NamedTuple):
@@ -93,6 +73,8 @@ class State(NamedTuple):
     """i32[]: trials started so far"""
     has_level: jax.Array
     """bool[]: whether the level of losses, the median of those that were told first, is known"""
+    rate: jax.Array
+    """float[] in (0, 1]: share of the learning rate at which the policy learns, less where it moved too far"""
     fresh: jax.Array
     """i32[]: stretches told since it learned"""
     learned: jax.Array
@@ -127,22 +109,11 @@ def fresh_where(new: jax.Array, curve: Curve, space: Space) -> Curve:
     return jax.tree.map(pick, start, curve)
 
 
-def newest(place: jax.Array, rounds: jax.Array, on: jax.Array, places: int) -> tuple[jax.Array, jax.Array]:
-    """The last row for every place, i32[places], and whether it has one, bool[places]; rows that are not `on` have none."""
-    return best_rows(place, -rounds.astype(jnp.float32), on, places)
-
-
-def replaced(old: PyTree, rows: PyTree, row: jax.Array, on: jax.Array) -> PyTree:
-    """Arrays [..., *shape] with those of rows, [rows, *shape], where it is `on`, bool[...]; `row`, i32[...], says which."""
-    on_of = lambda a: on.reshape(on.shape + (1,) * (a.ndim - on.ndim))  # noqa: E731
-    return jax.tree.map(lambda a, b: jnp.where(on_of(a), b[row].astype(a.dtype), a), old, rows)
-
-
 @functools.lru_cache(maxsize=256)
 def _functions(
     space: Space, every: int, intervals: int, horizon: int, hidden: int, epochs: int, batch: int
 ) -> tuple[Callable, Callable, Callable]:
-    n, net, adam = batch, network(space, hidden), optax.scale_by_adam()
+    n, net = batch, network(space, hidden)
     see = functools.partial(features, space, intervals=intervals)
 
     def init(key: jax.Array, settings: Settings) -> State:
@@ -155,11 +126,12 @@ def _functions(
         return State(
             policy={**params, "level": jnp.zeros((), dtype)},
             params=params,
-            optimizer=adam.init(params),
+            optimizer=ADAM.init(params),
             lanes=Lanes(begun(space, n), nobody, nobody, jnp.zeros(n, bool)),
             rollout=Rollout(seen_, seen_, unit, zeros(), zeros(), jnp.zeros((horizon, n), bool), nothing, nothing),
             started=jnp.int32(0),
             has_level=jnp.bool_(False),
+            rate=jnp.ones((), dtype),
             fresh=jnp.int32(0),
             learned=jnp.int32(0),
             settings=settings,
@@ -214,33 +186,9 @@ def _functions(
 
     def improved(state: State) -> State:
         """After all epochs on the rollout, which is empty then, if as many stretches were told as it holds."""
-        settings, rollout = state.settings, in_order(state.rollout)
-        on = rollout.round >= 0
-        outputs, value = outputs_and_value(net, state.params, rollout.features)
-        next_value = outputs_and_value(net, state.params, rollout.after)[1]
-        log_prob = log_probs(space, outputs, rollout.unit).sum(-1)
-        advantage = generalized_advantages(rollout, value, next_value, settings.discount, settings.trace)
-        target, rows = value + advantage, jnp.maximum(on.sum(), 1)
-        mean = jnp.where(on, advantage, 0).sum() / rows
-        deviation = jnp.sqrt(jnp.where(on, (advantage - mean) ** 2, 0).sum() / rows)
-        advantage = (advantage - mean) / (deviation + 1e-6)
-
-        def improve(carry: tuple, _: None) -> tuple[tuple, None]:
-            (params, optimizer), near = carry
-            slope, now = jax.grad(
-                lambda p: agent_loss(space, net, p, rollout, advantage, target, settings.clip, settings.entropy),
-                has_aux=True,
-            )(params)
-            finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(slope)]).all()
-            near &= finite & (divergence(log_prob, now, on) <= settings.divergence)
-            step, then = adam.update(slope, optimizer)
-            moved = jax.tree.map(lambda p, s: p - rate * s, params, step)
-            return (jax.tree.map(lambda a, b: jnp.where(near, a, b), (moved, then), carry[0]), near), None
-
-        enough = state.fresh >= horizon * n
-        # Steps fall with the square root of their number, after those of the first average.
-        rate = settings.learning_rate * lax.rsqrt(jnp.maximum(1, (state.learned + 1) / settings.average))
-        ((params, optimizer), _), _ = lax.scan(improve, ((state.params, state.optimizer), enough), length=epochs)
+        settings, enough = state.settings, state.fresh >= horizon * n
+        learner = Learner(state.params, state.optimizer, state.rate)
+        params, optimizer, rate = learn(space, net, learner, state.rollout, enough, settings, epochs)
         share = 1 / jnp.clip(state.learned + 1, 1, settings.average)
         average = jax.tree.map(lambda old, new: old + share * (new - old), {"params": state.policy["params"]}, params)
         after = state._replace(
@@ -248,6 +196,7 @@ def _functions(
             params=params,
             optimizer=optimizer,
             rollout=state.rollout._replace(round=jnp.full_like(state.rollout.round, -1)),
+            rate=rate,
             fresh=jnp.int32(0),
             learned=state.learned + 1,
         )
@@ -293,9 +242,9 @@ def controller(
     horizon: int | None = None,
     hidden: int = 32,
     epochs: int = 10,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
     discount: float = 1.0,
-    trace: float = 0.9,
+    trace: float = 0.95,
     clip: float = 0.2,
     entropy: float = 0.003,
     penalty: float = 5.0,
@@ -313,7 +262,8 @@ def controller(
     step can be controlled.
 
     The policy is `state.policy`, a pytree that `flax.serialization` saves; `controlled` trains by it. Known results,
-    which come without a training run, tell it nothing.
+    which come without a training run, tell it nothing. Losses count in units of the median of those that are told
+    first.
 
     Args:
       space: a pytree of parameters, or a `Space`: what is controlled.
@@ -322,7 +272,7 @@ def controller(
       horizon: asks that the agent learns from at once; those of one run if not given.
       hidden: size of the two layers of policy and value, at least 1.
       epochs: steps of Adam for each horizon, at least 1.
-      learning_rate: of Adam, in (0, 1].
+      learning_rate: of Adam, in (0, 1]; that of the policy falls, for a time, where it would move too far.
       discount: of rewards, for every stretch, in [0, 1].
       trace: the lambda of generalised advantages, in [0, 1]: with 1 an action is judged by what the whole rest of the
         run brings, with less the more by the value that the agent has learned.
@@ -330,10 +280,12 @@ def controller(
       entropy: weight of the policy's entropy, at least 0.
       penalty: for a failure, at least 0; a rise of the logarithm of the loss costs no more.
       average: horizons whose policies are averaged to the one that is learned, at least 1.
+      divergence: of Kullback and Leibler, from the policy before a horizon to that after it, at least 0: a step beyond
+        it is taken back.
       batch: networks that train side by side, at least 1; also the training states that are kept.
 
     Returns:
-      A `Method` whose settings are learning_rate, discount, trace, clip, entropy, penalty and average.
+      A `Method` whose settings are learning_rate, discount, trace, clip, entropy, penalty, average and divergence.
 
     Raises:
       TypeError, ValueError: an argument is out of its range.
@@ -362,9 +314,9 @@ def controller(
     horizon = intervals if horizon is None else whole("horizon", horizon, 1)
     hidden, epochs = whole("hidden", hidden, 1), whole("epochs", epochs, 1)
     values = (
-        real("learning_rate", learning_rate, 1e-7, 1, "0.001 is usual"),
+        real("learning_rate", learning_rate, 1e-7, 1, "0.003 is usual"),
         real("discount", discount, 0, 1, "1 is usual, as runs end"),
-        real("trace", trace, 0, 1, "0.9 is usual; 1 looks to the end of a run"),
+        real("trace", trace, 0, 1, "0.95 is usual; 1 looks to the end of a run"),
         real("clip", clip, 1e-3, 0.999, "0.2 is usual"),
         real("entropy", entropy, 0, 100, "0.003 is usual"),
         real("penalty", penalty, 0, 1e6, "5 is usual"),
@@ -402,14 +354,16 @@ def controlled(trainable: Trainable, space: PyTree, params: PyTree, *, every: in
       `unroll` gets the same network from it.
 
     Raises:
-      TypeError, ValueError: an argument is not what it should be.
+      TypeError, ValueError: an argument is not what it should be, such as a state for its `policy`.
     """
     if not isinstance(trainable, Trainable):
         raise TypeError(f"trainable must be a Trainable, got {trainable!r}; a controller acts on training steps")
     space = Space.of(space)
     every, intervals = _intervals(every, max_steps)
     net = network(space, hidden_of(params))
-    expected = dict(jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, CURVE + space.dims))), level=np.float32(0))
+    expected = dict(
+        jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, CURVE + space.dims))), level=np.float32(0)
+    )
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
     if shapes(expected) != shapes(params):
         raise ValueError(f"params are not of a controller over {space!r}; give its space, too")

@@ -54,9 +54,9 @@ def heads(space: Space) -> Heads:
     return Heads(discrete, options.astype(np.int32), width)
 
 
-def log_softmax(outputs: jax.Array, options: jax.Array) -> jax.Array:
+def log_softmax(outputs: jax.Array, options: jax.typing.ArrayLike) -> jax.Array:
     """Log-probabilities of the options, -inf beyond them: float[..., width] for i32[...] options."""
-    is_option = jnp.arange(outputs.shape[-1]) < options[..., None]
+    is_option = jnp.arange(outputs.shape[-1]) < jnp.asarray(options)[..., None]
     return jax.nn.log_softmax(jnp.where(is_option, outputs, -jnp.inf))
 
 
@@ -141,7 +141,11 @@ def middles(space: Space) -> jax.Array:
 
 
 def draw(
-    outputs: jax.Array, drawn: jax.Array, discrete: jax.Array, options: jax.Array, middle: jax.Array
+    outputs: jax.Array,
+    drawn: jax.Array,
+    discrete: jax.typing.ArrayLike,
+    options: jax.typing.ArrayLike,
+    middle: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Coordinates, float[...], and their options, i32[...], by uniform numbers.
 
@@ -153,7 +157,7 @@ def draw(
       middle: float[..., width], the coordinate of every option.
     """
     below = jnp.cumsum(jnp.exp(log_softmax(outputs, options)), axis=-1) < drawn[..., None]
-    level = jnp.minimum(below.sum(-1, dtype=jnp.int32), options - 1)
+    level = jnp.minimum(below.sum(-1, dtype=jnp.int32), jnp.asarray(options) - 1)
     at_option = jnp.take_along_axis(jnp.broadcast_to(middle, outputs.shape), level[..., None], axis=-1)[..., 0]
     return jnp.where(discrete, at_option, Normal.of(outputs).sample(drawn)), level
 

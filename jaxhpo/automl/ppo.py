@@ -78,8 +78,8 @@ def ppo(
       ('a', 0.5)
 
     Reference:
-      Schulman et al. (2017), Proximal policy optimization algorithms. Ye et al. (2020), Mastering complex control in MOBA
-      games with deep reinforcement learning.
+      Schulman et al. (2017), Proximal policy optimization algorithms. Ye et al. (2020), Mastering complex control in
+      MOBA games with deep reinforcement learning.
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
     one_of("policy", policy, POLICIES)
