@@ -200,7 +200,9 @@ def _functions(
             fresh=jnp.int32(0),
             learned=state.learned + 1,
         )
-        return jax.tree.map(lambda a, b: jnp.where(enough, a, b), after, state)
+        kept = jax.tree.map(lambda a, b: jnp.where(enough, a, b), after, state)
+        # Counts stay as they are, so that they are not batched under `vmap`.
+        return kept._replace(round=state.round, told=state.told)
 
     def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
         del gradients

@@ -283,7 +283,7 @@ def test_policies_that_are_learned_beat_every_constant_on_keys_that_are_new_and_
     rates = jnp.geomspace(0.01, 10, 60)
     constant = jax.jit(jax.vmap(jax.vmap(hpo.unroll(VALLEY, 30), (0, None)), (None, 0)))(keys, {"lr": rates})
     best = np.nanmin(np.where(np.isnan(constant), np.inf, constant).mean(1))
-    # Measured: 0.36 to 0.77.
+    # The worst of these is 0.56 of it, the median 0.43.
     assert np.isfinite(losses).all() and np.median(np.mean(losses, 1)) < 0.85 * best
     typical = np.median(schedules["lr"], 1)
     assert typical.shape == (6, 10) and np.median(typical.max(1) / typical.min(1)) > 1.5
