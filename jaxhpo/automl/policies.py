@@ -44,6 +44,8 @@ class Policy(NamedTuple):
     """(params, key, n) -> float[n, dims] in [0, 1]"""
     outputs: Callable
     """(params, unit) -> float[n, dims, width]: what each dim is drawn from, given those before it"""
+    depends: bool
+    """whether it depends on those before it"""
 
 
 def heads(space: Space) -> Heads:
@@ -178,7 +180,7 @@ def factorised(space: Space) -> Policy:
         given = jnp.broadcast_to(params, (*drawn.shape, head.width))
         return draw(given, drawn, head.discrete, head.options, middles(space))[0]
 
-    return Policy(init, sample, outputs)
+    return Policy(init, sample, outputs, depends=False)
 
 
 def autoregressive(space: Space, hidden: int) -> Policy:
@@ -255,4 +257,4 @@ def autoregressive(space: Space, hidden: int) -> Policy:
         (_, unit), _ = lax.scan(step, first, at)
         return unit
 
-    return Policy(init, sample, outputs)
+    return Policy(init, sample, outputs, depends=True)

@@ -142,9 +142,11 @@ def objective(
     log_prob = log_probs(space, outputs, unit).sum(-1)
     each = gain(log_prob, behaviour, advantage, settings.clip)
     entropy = entropies(space, outputs, unit).sum(-1)
-    # The mean of the others does not depend on what a row drew, and makes its score less noisy.
-    others = (jnp.where(on, entropy, 0).sum() - entropy) / jnp.maximum(on.sum() - 1, 1)
-    surplus = lax.stop_gradient(entropy - jnp.where(on.sum() > 1, others, 0))
+    surplus = jnp.zeros_like(entropy)
+    if policy.depends or space.nesting:
+        # The mean of the others does not depend on what a row drew, and makes its score less noisy.
+        others = (jnp.where(on, entropy, 0).sum() - entropy) / jnp.maximum(on.sum() - 1, 1)
+        surplus = lax.stop_gradient(entropy - jnp.where(on.sum() > 1, others, 0))
     weight = lax.stop_gradient(jnp.minimum(ratio(log_prob, behaviour), HEAVIEST))
     each += settings.entropy * weight * (entropy + surplus * log_prob)
     return jnp.where(on, each, 0).sum() / jnp.maximum(on.sum(), 1)
