@@ -148,12 +148,30 @@ def on_bucket(function: Callable, history: History, *operands: Any, growth: int 
       >>> history.on_bucket(lambda h: jnp.array([h.losses.min(), h.losses.shape[0]]), record).tolist()
       [1.0, 64.0]
     """
-    capacity = history.losses.shape[0]
+    rows, told = (history.unit, history.losses, history.mask), history.count
+
+    def of_rows(rows: tuple[jax.Array, jax.Array, jax.Array], *args: Any) -> Any:
+        return function(History(*rows, told), *args)
+
+    return on_prefix(of_rows, rows, told, *operands, growth=growth)
+
+
+def on_prefix(function: Callable, rows: Any, told: Count, *operands: Any, growth: int = GROWTH) -> Any:
+    """`function` of the smallest bucket of `rows`, a pytree of arrays [capacity, ...], that holds a count.
+
+    Args:
+      function: (rows, *operands) -> pytree whose shapes do not depend on the capacity.
+      rows: of which `function` gets the first ones.
+      told: how many of them there are; more than the capacity are all of them.
+      *operands: passed on.
+      growth: as in `buckets`.
+    """
+    capacity = jax.tree.leaves(rows)[0].shape[0]
     sizes = tuple(size for size in buckets(capacity, growth) if size < capacity) + (capacity,)
 
     def branch(size: int) -> Callable:
-        return lambda h, *args: function(History(h.unit[:size], h.losses[:size], h.mask[:size], h.count), *args)
+        return lambda rows, *args: function(jax.tree.map(lambda x: x[:size], rows), *args)
 
     # Not `lax.clamp` or a table look-up: comparisons of a count stay unbatched under `vmap`, whatever else is batched.
-    index = sum((history.count.value > size).astype(jnp.int32) for size in sizes[:-1])
-    return lax.switch(index, [branch(size) for size in sizes], history, *operands)
+    index = sum((told.value > size).astype(jnp.int32) for size in sizes[:-1])
+    return lax.switch(index, [branch(size) for size in sizes], rows, *operands)

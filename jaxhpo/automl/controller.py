@@ -13,22 +13,27 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from jaxhpo.automl.agent import (
+    ADAM,
     CURVE,
     Curve,
+    Learner,
     Rollout,
+    Settings,
     act,
-    agent_loss,
     begun,
     features,
-    generalized_advantages,
     hidden_of,
-    in_order,
+    learn,
+    level_of,
     network,
+    newest,
     outputs_and_value,
+    replaced,
     seen,
 )
 from jaxhpo.automl.policies import log_probs
@@ -40,25 +45,6 @@ from jaxhpo.space import Space, working_dtype
 from jaxhpo.trainable import Trainable
 
 MOST_STEPS = 2**31 - 1
-
-
-class Settings(NamedTuple):
-    """Numeric settings of a controller, float[] each."""
-
-    learning_rate: jax.Array
-    """of Adam"""
-    discount: jax.Array
-    """of rewards, for every stretch"""
-    trace: jax.Array
-    """lambda: of errors of the value, for every stretch"""
-    clip: jax.Array
-    """of the ratio of probabilities"""
-    entropy: jax.Array
-    """weight of the policy's entropy"""
-    penalty: jax.Array
-    """for a failure; no reward is below its negative"""
-    average: jax.Array
-    """horizons over which the policy is averaged"""
 
 
 class Lanes(NamedTuple):
@@ -77,7 +63,7 @@ class State(NamedTuple):
     """State of a controller."""
 
     policy: PyTree
-    """parameters of the agent's network, averaged over its last horizons: what `controlled` takes"""
+    """what `controlled` takes: parameters of the agent's network, averaged over its last horizons, and the level"""
     params: PyTree
     """those by which it acts"""
     optimizer: optax.OptState
@@ -85,6 +71,14 @@ class State(NamedTuple):
     rollout: Rollout
     started: jax.Array
     """i32[]: trials started so far"""
+    has_level: jax.Array
+    """bool[]: whether the level of losses, the median of those that were told first, is known"""
+    rate: jax.Array
+    """float[] in (0, 1]: share of the learning rate at which the policy learns, less where it moved too far"""
+    fresh: jax.Array
+    """i32[]: stretches told since it learned"""
+    learned: jax.Array
+    """i32[]: horizons learned from so far"""
     settings: Settings
     round: Count
     told: Count
@@ -119,7 +113,7 @@ def fresh_where(new: jax.Array, curve: Curve, space: Space) -> Curve:
 def _functions(
     space: Space, every: int, intervals: int, horizon: int, hidden: int, epochs: int, batch: int
 ) -> tuple[Callable, Callable, Callable]:
-    n, net, adam = batch, network(space, hidden), optax.scale_by_adam()
+    n, net = batch, network(space, hidden)
     see = functools.partial(features, space, intervals=intervals)
 
     def init(key: jax.Array, settings: Settings) -> State:
@@ -130,12 +124,16 @@ def _functions(
         nothing = jnp.full((horizon, n), -1, jnp.int32)
         seen_, unit = zeros(CURVE + space.dims), zeros(space.dims) + 0.5
         return State(
-            policy=params,
+            policy={**params, "level": jnp.zeros((), dtype)},
             params=params,
-            optimizer=adam.init(params),
+            optimizer=ADAM.init(params),
             lanes=Lanes(begun(space, n), nobody, nobody, jnp.zeros(n, bool)),
             rollout=Rollout(seen_, seen_, unit, zeros(), zeros(), jnp.zeros((horizon, n), bool), nothing, nothing),
             started=jnp.int32(0),
+            has_level=jnp.bool_(False),
+            rate=jnp.ones((), dtype),
+            fresh=jnp.int32(0),
+            learned=jnp.int32(0),
             settings=settings,
             round=count(),
             told=count(),
@@ -174,62 +172,62 @@ def _functions(
         """The runs after their losses are told, in any order."""
         owner = lanes.trial[row.lane]
         mine = trained & ((owner == row.trial) | (owner < 0)) & (row.round >= lanes.told[row.lane])
-        told = lanes.told.at[jnp.where(mine, row.lane, n)].max(row.round, mode="drop")
-        at = jnp.where(mine & (row.round == told[row.lane]), row.lane, n)
-        put = lambda old, new: old.at[at].set(new.astype(old.dtype), mode="drop")  # noqa: E731
-        moved = jax.tree.map(put, lanes._replace(told=told), Lanes(curve, row.trial, row.round, is_failed))
+        last, any_ = newest(row.lane, row.round, mine, n)
+        moved = replaced(lanes, Lanes(curve, row.trial, row.round, is_failed), last, any_)
         # Stretches that were asked for since are behind it, too.
         interval = jnp.maximum(lanes.curve.interval, moved.curve.interval)
         return moved._replace(curve=moved.curve._replace(interval=interval))
 
+    def recorded(rollout: Rollout, written: Rollout, lane: jax.Array, trained: jax.Array) -> Rollout:
+        """The rollout with rows, of which the last one stays where several have one place."""
+        last, any_ = newest(written.round % horizon * n + lane, written.round, trained, horizon * n)
+        last, any_ = last.reshape(horizon, n), any_.reshape(horizon, n)
+        return replaced(rollout, written, last, any_ & (written.round[last] >= rollout.round))
+
     def improved(state: State) -> State:
-        """After all epochs on the rollout, which is empty then."""
-        settings, rollout = state.settings, in_order(state.rollout)
-        on = rollout.round >= 0
-        value, next_value = (outputs_and_value(net, state.params, f)[1] for f in (rollout.features, rollout.after))
-        advantage = generalized_advantages(rollout, value, next_value, settings.discount, settings.trace)
-        target, rows = value + advantage, jnp.maximum(on.sum(), 1)
-        mean = jnp.where(on, advantage, 0).sum() / rows
-        deviation = jnp.sqrt(jnp.where(on, (advantage - mean) ** 2, 0).sum() / rows)
-        advantage = (advantage - mean) / (deviation + 1e-6)
-
-        def improve(carry: tuple, _: None) -> tuple[tuple, None]:
-            params, optimizer = carry
-            slope = jax.grad(
-                lambda p: agent_loss(space, net, p, rollout, advantage, target, settings.clip, settings.entropy)
-            )(params)
-            finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(slope)]).all()
-            step, then = adam.update(slope, optimizer)
-            moved = jax.tree.map(lambda p, s: p - settings.learning_rate * s, params, step)
-            return jax.tree.map(lambda a, b: jnp.where(finite & on.any(), a, b), (moved, then), carry), None
-
-        (params, optimizer), _ = lax.scan(improve, (state.params, state.optimizer), length=epochs)
-        empty = state.rollout._replace(round=jnp.full_like(state.rollout.round, -1))
-        horizons = (state.told.value // (horizon * n)).astype(mean.dtype)
-        share = 1 / jnp.clip(horizons, 1, settings.average)
-        policy = jax.tree.map(lambda old, new: old + share * (new - old), state.policy, params)
-        return state._replace(policy=policy, params=params, optimizer=optimizer, rollout=empty)
+        """After all epochs on the rollout, which is empty then, if as many stretches were told as it holds."""
+        settings, enough = state.settings, state.fresh >= horizon * n
+        learner = Learner(state.params, state.optimizer, state.rate)
+        params, optimizer, rate = learn(space, net, learner, state.rollout, enough, settings, epochs)
+        share = 1 / jnp.clip(state.learned + 1, 1, settings.average)
+        average = jax.tree.map(lambda old, new: old + share * (new - old), {"params": state.policy["params"]}, params)
+        after = state._replace(
+            policy={**average, "level": state.policy["level"]},
+            params=params,
+            optimizer=optimizer,
+            rollout=state.rollout._replace(round=jnp.full_like(state.rollout.round, -1)),
+            rate=rate,
+            fresh=jnp.int32(0),
+            learned=state.learned + 1,
+        )
+        kept = jax.tree.map(lambda a, b: jnp.where(enough, a, b), after, state)
+        # Counts stay as they are, so that they are not batched under `vmap`.
+        return kept._replace(round=state.round, told=state.told)
 
     def tell(state: State, trials: Trials, losses: jax.Array, gradients: PyTree = None) -> State:
         del gradients
         row, settings = trials.aux, state.settings
         # A row without steps is a result that was known beforehand: there is no training run to it.
         trained, is_failed = trials.active & (trials.steps > 0), failed(losses)
+        succeeded = trained & ~is_failed
+        level = jnp.where(state.has_level | ~succeeded.any(), state.policy["level"], level_of(losses, succeeded))
+        level = level.astype(state.policy["level"].dtype)
         unit = jnp.where(trained[:, None], trials.unit, 0.5).astype(row.unit.dtype)
-        curve = seen(row.curve, losses, unit)
+        curve = seen(row.curve, losses, unit, level)
         reward = jnp.where(is_failed, -settings.penalty, jnp.maximum(row.curve.last - curve.last, -settings.penalty))
         before = see(row.curve)
         by_now = log_probs(space, outputs_and_value(net, state.params, before)[0], unit).sum(-1)
         log_prob = jnp.where((jnp.abs(row.unit - unit) <= SAME).all(-1), row.log_prob, by_now)
         ends = is_failed | (curve.interval >= intervals)
         written = Rollout(before, see(curve), unit, log_prob, reward, ends, row.trial, row.round)
-        at = jnp.where(trained, row.round % horizon, horizon), row.lane
-        put = lambda old, new: old.at[at].set(new.astype(old.dtype), mode="drop")  # noqa: E731
         told = state.told.value
         after = state._replace(
+            policy={**state.policy, "level": level},
             lanes=heard(state.lanes, row, curve, is_failed, trained),
-            rollout=jax.tree.map(put, state.rollout, written),
+            rollout=recorded(state.rollout, written, row.lane, trained),
             started=jnp.maximum(state.started, jnp.max(jnp.where(trained, row.trial, -1)) + 1),
+            has_level=state.has_level | succeeded.any(),
+            fresh=state.fresh + trained.sum(dtype=jnp.int32),
             told=Count(told + losses.shape[0]),
         )
         full = (told + losses.shape[0]) // (horizon * n) > told // (horizon * n)
@@ -248,11 +246,12 @@ def controller(
     epochs: int = 10,
     learning_rate: float = 3e-3,
     discount: float = 1.0,
-    trace: float = 1.0,
+    trace: float = 0.95,
     clip: float = 0.2,
     entropy: float = 0.003,
     penalty: float = 5.0,
     average: int = 20,
+    divergence: float = 0.05,
     batch: int = 32,
 ) -> Method:
     """An agent that learns to set hyperparameters while networks train, by proximal policy optimization.
@@ -265,7 +264,8 @@ def controller(
     step can be controlled.
 
     The policy is `state.policy`, a pytree that `flax.serialization` saves; `controlled` trains by it. Known results,
-    which come without a training run, tell it nothing.
+    which come without a training run, tell it nothing. Losses count in units of the median of those that are told
+    first.
 
     Args:
       space: a pytree of parameters, or a `Space`: what is controlled.
@@ -274,7 +274,7 @@ def controller(
       horizon: asks that the agent learns from at once; those of one run if not given.
       hidden: size of the two layers of policy and value, at least 1.
       epochs: steps of Adam for each horizon, at least 1.
-      learning_rate: of Adam, in (0, 1].
+      learning_rate: of Adam, in (0, 1]; that of the policy falls, for a time, where it would move too far.
       discount: of rewards, for every stretch, in [0, 1].
       trace: the lambda of generalised advantages, in [0, 1]: with 1 an action is judged by what the whole rest of the
         run brings, with less the more by the value that the agent has learned.
@@ -282,10 +282,12 @@ def controller(
       entropy: weight of the policy's entropy, at least 0.
       penalty: for a failure, at least 0; a rise of the logarithm of the loss costs no more.
       average: horizons whose policies are averaged to the one that is learned, at least 1.
+      divergence: of Kullback and Leibler, from the policy before a horizon to that after it, at least 0: a step beyond
+        it is taken back.
       batch: networks that train side by side, at least 1; also the training states that are kept.
 
     Returns:
-      A `Method` whose settings are learning_rate, discount, trace, clip, entropy, penalty and average.
+      A `Method` whose settings are learning_rate, discount, trace, clip, entropy, penalty, average and divergence.
 
     Raises:
       TypeError, ValueError: an argument is out of its range.
@@ -316,11 +318,12 @@ def controller(
     values = (
         real("learning_rate", learning_rate, 1e-7, 1, "0.003 is usual"),
         real("discount", discount, 0, 1, "1 is usual, as runs end"),
-        real("trace", trace, 0, 1, "1 looks to the end of a run"),
+        real("trace", trace, 0, 1, "0.95 is usual; 1 looks to the end of a run"),
         real("clip", clip, 1e-3, 0.999, "0.2 is usual"),
         real("entropy", entropy, 0, 100, "0.003 is usual"),
         real("penalty", penalty, 0, 1e6, "5 is usual"),
         whole("average", average, 1),
+        real("divergence", divergence, 0, 1e6, "0.05 is usual"),
     )
     settings = Settings(*(jnp.asarray(value, working_dtype()) for value in values))
     init, ask, tell = _functions(space, every, intervals, horizon, hidden, epochs, batch)
@@ -353,20 +356,22 @@ def controlled(trainable: Trainable, space: PyTree, params: PyTree, *, every: in
       `unroll` gets the same network from it.
 
     Raises:
-      TypeError, ValueError: an argument is not what it should be.
+      TypeError, ValueError: an argument is not what it should be, such as a state for its `policy`.
     """
     if not isinstance(trainable, Trainable):
         raise TypeError(f"trainable must be a Trainable, got {trainable!r}; a controller acts on training steps")
     space = Space.of(space)
     every, intervals = _intervals(every, max_steps)
     net = network(space, hidden_of(params))
-    expected = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, CURVE + space.dims)))
+    expected = dict(
+        jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, CURVE + space.dims))), level=np.float32(0)
+    )
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
     if shapes(expected) != shapes(params):
         raise ValueError(f"params are not of a controller over {space!r}; give its space, too")
 
     def choose(curve: Curve) -> tuple[jax.Array, PyTree]:
-        outputs, _ = outputs_and_value(net, params, features(space, curve, intervals))
+        outputs, _ = outputs_and_value(net, {"params": params["params"]}, features(space, curve, intervals))
         unit = act(space, outputs)
         return unit, jax.tree.map(lambda x: x[0], space.decode(unit))
 
@@ -381,7 +386,7 @@ def controlled(trainable: Trainable, space: PyTree, params: PyTree, *, every: in
 
             state = lax.fori_loop(0, every, step, state)
             loss = jnp.asarray(trainable.evaluate(state, filled), working_dtype())
-            return (seen(curve, loss[None], unit), state), (loss, hparams)
+            return (seen(curve, loss[None], unit, params["level"]), state), (loss, hparams)
 
         curve = begun(space, 1)
         first = trainable.init(jax.random.fold_in(key, 0), space.fill(choose(curve)[1]))

@@ -28,9 +28,9 @@ NARROWEST, WIDEST, FIRST_WIDTH = 0.005, 1.0, 0.5
 class Heads(NamedTuple):
     """What each dim is drawn from, arrays [dims]; a row of outputs has `width` numbers."""
 
-    discrete: jax.Array
+    discrete: np.ndarray
     """bool: whether from a softmax"""
-    options: jax.Array
+    options: np.ndarray
     """i32: how many options that has, `width` where it is none"""
     width: int
 
@@ -44,6 +44,8 @@ class Policy(NamedTuple):
     """(params, key, n) -> float[n, dims] in [0, 1]"""
     outputs: Callable
     """(params, unit) -> float[n, dims, width]: what each dim is drawn from, given those before it"""
+    depends: bool
+    """whether it depends on those before it"""
 
 
 def heads(space: Space) -> Heads:
@@ -51,12 +53,12 @@ def heads(space: Space) -> Heads:
     discrete = space.categorical | ((space.levels > 0) & (space.levels <= MOST_LEVELS))
     width = max(2, int(space.levels[discrete].max(initial=2)))
     options = np.where(discrete, space.levels, width)
-    return Heads(jnp.asarray(discrete), jnp.asarray(options, jnp.int32), width)
+    return Heads(discrete, options.astype(np.int32), width)
 
 
-def log_softmax(outputs: jax.Array, options: jax.Array) -> jax.Array:
+def log_softmax(outputs: jax.Array, options: jax.typing.ArrayLike) -> jax.Array:
     """Log-probabilities of the options, -inf beyond them: float[..., width] for i32[...] options."""
-    is_option = jnp.arange(outputs.shape[-1]) < options[..., None]
+    is_option = jnp.arange(outputs.shape[-1]) < jnp.asarray(options)[..., None]
     return jax.nn.log_softmax(jnp.where(is_option, outputs, -jnp.inf))
 
 
@@ -141,7 +143,11 @@ def middles(space: Space) -> jax.Array:
 
 
 def draw(
-    outputs: jax.Array, drawn: jax.Array, discrete: jax.Array, options: jax.Array, middle: jax.Array
+    outputs: jax.Array,
+    drawn: jax.Array,
+    discrete: jax.typing.ArrayLike,
+    options: jax.typing.ArrayLike,
+    middle: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Coordinates, float[...], and their options, i32[...], by uniform numbers.
 
@@ -153,7 +159,7 @@ def draw(
       middle: float[..., width], the coordinate of every option.
     """
     below = jnp.cumsum(jnp.exp(log_softmax(outputs, options)), axis=-1) < drawn[..., None]
-    level = jnp.minimum(below.sum(-1, dtype=jnp.int32), options - 1)
+    level = jnp.minimum(below.sum(-1, dtype=jnp.int32), jnp.asarray(options) - 1)
     at_option = jnp.take_along_axis(jnp.broadcast_to(middle, outputs.shape), level[..., None], axis=-1)[..., 0]
     return jnp.where(discrete, at_option, Normal.of(outputs).sample(drawn)), level
 
@@ -174,7 +180,7 @@ def factorised(space: Space) -> Policy:
         given = jnp.broadcast_to(params, (*drawn.shape, head.width))
         return draw(given, drawn, head.discrete, head.options, middles(space))[0]
 
-    return Policy(init, sample, outputs)
+    return Policy(init, sample, outputs, depends=False)
 
 
 def autoregressive(space: Space, hidden: int) -> Policy:
@@ -251,4 +257,4 @@ def autoregressive(space: Space, hidden: int) -> Policy:
         (_, unit), _ = lax.scan(step, first, at)
         return unit
 
-    return Policy(init, sample, outputs)
+    return Policy(init, sample, outputs, depends=True)

@@ -29,6 +29,7 @@ POLICIES = ("factorised", "autoregressive")
 LEARNING_RATES = {"factorised": 0.1, "autoregressive": 0.03}
 FAILURE = -2.0
 LARGEST = 1e18
+HEAVIEST = 2.0
 SAME = 1e-6
 
 
@@ -102,8 +103,8 @@ def advantages(baseline: Baseline, losses: jax.Array, on: jax.Array, decay: jax.
       on: bool[rows], the others are padding.
       decay: float[].
     """
-    losses = jnp.clip(losses.astype(baseline.mean.dtype), -LARGEST, LARGEST)
     counts = on & ~failed(losses)
+    losses = jnp.clip(losses.astype(baseline.mean.dtype), -LARGEST, LARGEST)
     after = moved(baseline, losses, counts, decay)
     centre = jnp.where(baseline.weight > 0, baseline.mean, after.mean)
     scale = jnp.where(after.variance > 0, jnp.sqrt(after.variance), 1)
@@ -121,7 +122,10 @@ def objective(
     on: jax.Array,
     settings: Settings,
 ) -> jax.Array:
-    """What the policy is moved to raise: the mean gain of rows and their entropy.
+    """What the policy is moved to raise: the mean gain of rows, and its entropy.
+
+    The slope of the latter is, on average, that of the entropy of the policy as a whole: how probable a row is decides
+    what is live, and what is drawn from, after its first choices. Rows are weighed by importance, at most `HEAVIEST`.
 
     Args:
       space: whose points they are.
@@ -137,7 +141,14 @@ def objective(
     outputs = policy.outputs(params, unit)
     log_prob = log_probs(space, outputs, unit).sum(-1)
     each = gain(log_prob, behaviour, advantage, settings.clip)
-    each += settings.entropy * entropies(space, outputs, unit).sum(-1)
+    entropy = entropies(space, outputs, unit).sum(-1)
+    surplus = jnp.zeros_like(entropy)
+    if policy.depends or space.nesting:
+        # The mean of the others does not depend on what a row drew, and makes its score less noisy.
+        others = (jnp.where(on, entropy, 0).sum() - entropy) / jnp.maximum(on.sum() - 1, 1)
+        surplus = lax.stop_gradient(entropy - jnp.where(on.sum() > 1, others, 0))
+    weight = lax.stop_gradient(jnp.minimum(ratio(log_prob, behaviour), HEAVIEST))
+    each += settings.entropy * weight * (entropy + surplus * log_prob)
     return jnp.where(on, each, 0).sum() / jnp.maximum(on.sum(), 1)
 
 

@@ -1,19 +1,26 @@
 """Proximal policy optimization: several steps for what is told, for as long as the policy stays near.
 
-Schulman, Wolski, Dhariwal, Radford and Klimov (2017), Proximal policy optimization algorithms, equation 7.
+Schulman, Wolski, Dhariwal, Radford and Klimov (2017), Proximal policy optimization algorithms, equation 7. Ye, Liu,
+Sun, Shi, Zhao, Wu, Yu, Yang, Wu, Guo, Chen, Yin, Zhang, Shi, Wang, Fu, Yang and Huang (2020), Mastering complex control
+in MOBA games with deep reinforcement learning, equation 4: the bound of losses.
 """
 
 import jax
 import jax.numpy as jnp
 
-from jaxhpo.automl.policy_search import LEARNING_RATES, POLICIES, Settings, functions, ratio
+from jaxhpo.automl.policy_search import POLICIES, Settings, functions, ratio
 from jaxhpo.checks import one_of, real, whole
 from jaxhpo.method import Initializer, Method, PyTree
 from jaxhpo.space import Space, working_dtype
 
+LEARNING_RATE = 0.03
+MOST_LOST = 3.0
+
 
 def clipped_gain(log_prob: jax.Array, behaviour: jax.Array, advantage: jax.Array, clip: jax.Array) -> jax.Array:
     """Advantages by the ratio of probabilities, which gains nothing beyond 1 - `clip` and 1 + `clip` (equation 7).
+
+    What is lost by a row is no more than `MOST_LOST` times its advantage (Ye et al., equation 4).
 
     Args:
       log_prob: float[rows], by the policy as it is.
@@ -22,7 +29,8 @@ def clipped_gain(log_prob: jax.Array, behaviour: jax.Array, advantage: jax.Array
       clip: float[].
     """
     r = ratio(log_prob, behaviour)
-    return jnp.minimum(r * advantage, jnp.clip(r, 1 - clip, 1 + clip) * advantage)
+    gain = jnp.minimum(r * advantage, jnp.clip(r, 1 - clip, 1 + clip) * advantage)
+    return jnp.where(advantage < 0, jnp.maximum(gain, MOST_LOST * advantage), gain)
 
 
 def ppo(
@@ -31,7 +39,7 @@ def ppo(
     policy: str = POLICIES[0],
     hidden: int = 32,
     epochs: int = 4,
-    learning_rate: float | None = None,
+    learning_rate: float = LEARNING_RATE,
     decay: float = 0.9,
     entropy: float = 0.01,
     clip: float = 0.2,
@@ -39,8 +47,9 @@ def ppo(
 ) -> Method:
     """Proximal policy optimization: `reinforce` that takes several steps for what is told, none of them too far.
 
-    A row no longer moves the policy where its probability has grown or shrunk by `clip` since it was drawn. Policies,
-    advantages and what becomes of late rows and of the user's points are those of `reinforce`.
+    A good row no longer moves the policy where its probability has grown by the share `clip` since it was drawn, a bad
+    one where it has shrunk by that, or is more than three times as high. Policies, advantages and what becomes of late
+    rows and of the user's points are those of `reinforce`.
 
     Args:
       space: a pytree of parameters, or a `Space`.
@@ -48,7 +57,7 @@ def ppo(
         those before it.
       hidden: size of that network, at least 1.
       epochs: steps for what is told at once, at least 1.
-      learning_rate: of Adam, in (0, 10]; 0.1, or 0.03 of the network, if not given.
+      learning_rate: of Adam, in (0, 10].
       decay: of the running mean and deviation of losses, for every trial, in [0, 1).
       entropy: weight of the policy's entropy beside advantages, whose deviation is 1, at least 0: a high one explores.
       clip: in (0, 1).
@@ -69,14 +78,14 @@ def ppo(
       ('a', 0.5)
 
     Reference:
-      Schulman et al. (2017), Proximal policy optimization algorithms.
+      Schulman et al. (2017), Proximal policy optimization algorithms. Ye et al. (2020), Mastering complex control in
+      MOBA games with deep reinforcement learning.
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
     one_of("policy", policy, POLICIES)
     hidden, epochs = whole("hidden", hidden, 1), whole("epochs", epochs, 1, "1 is without clipping")
-    rate = LEARNING_RATES[policy] if learning_rate is None else learning_rate
     values = (
-        real("learning_rate", rate, 1e-6, 10, "0.1, or 0.03 of an autoregressive policy, is usual"),
+        real("learning_rate", learning_rate, 1e-6, 10, "0.03 is usual"),
         real("decay", decay, 0, 0.9999, "0.9 is usual"),
         real("entropy", entropy, 0, 100, "0.01 is usual"),
         real("clip", clip, 1e-3, 0.999, "0.2 is usual"),

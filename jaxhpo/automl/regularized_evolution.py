@@ -14,6 +14,7 @@ from jax import lax
 
 from jaxhpo.checks import real, whole
 from jaxhpo.draws import bits, uniform
+from jaxhpo.history import on_prefix
 from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, black_box, count, ranked
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.untried import among, fingerprints
@@ -60,6 +61,17 @@ def mutated(space: Space, unit: jax.Array, drawn: jax.Array, eta: jax.Array) -> 
     return mutate(space, unit, one_dim(space, live, drawn[0]), drawn[1], eta)
 
 
+def was_told(code: jax.Array, seen: jax.Array, told: Count) -> jax.Array:
+    """Which of the hashes u32[n] are among those that were told: bool[n]; the cost follows how many those are.
+
+    Args:
+      code: u32[n].
+      seen: u32[capacity], as of the state.
+      told: rows told so far.
+    """
+    return on_prefix(lambda known: among(code, known, known != UNTOLD), seen, told)
+
+
 @functools.lru_cache(maxsize=256)
 def _functions(
     space: Space, population: int, sample: int, distinct: bool, batch: int
@@ -84,14 +96,14 @@ def _functions(
 
     def untried(child: jax.Array, drawn: jax.Array, state: State, pending: Trials | None) -> jax.Array:
         """`child`, mutated further for as long as it is known: float[batch, dims]."""
-        known = state.seen
+        waits = jnp.zeros(0, jnp.uint32)
         if pending is not None:
-            known = jnp.concatenate([known, jnp.where(pending.active, codes(space, pending.unit), UNTOLD)])
+            waits = jnp.where(pending.active, codes(space, pending.unit), UNTOLD)
 
         def further(child: jax.Array, pair: jax.Array) -> tuple[jax.Array, None]:
             code = codes(space, child)
             twice = jnp.tril(code[:, None] == code, -1).any(1)
-            is_known = twice | among(code, known, known != UNTOLD)
+            is_known = twice | among(code, waits, waits != UNTOLD) | was_told(code, state.seen, state.told)
             return jnp.where(is_known[:, None], mutated(space, child, pair, state.settings.eta), child), None
 
         return lax.scan(further, child, drawn)[0]

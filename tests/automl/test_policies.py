@@ -85,6 +85,42 @@ def test_policy_gradients_are_the_exact_ones_by_enumeration(kind, tree):
 
 
 @pytest.mark.parametrize("kind", POLICIES)
+def test_the_slope_of_entropy_is_that_of_the_whole_policy_by_enumeration(kind):
+    with jax.enable_x64(True):
+        space = hpo.Space(CONDITIONAL)
+        policy, unit = POLICIES[kind](space), points(hpo.Space(CONDITIONAL))
+        log_prob = lambda p: log_probs(space, policy.outputs(p, unit), unit).sum(-1)  # noqa: E731
+        settings = Settings(*map(jnp.float64, (0.1, 0.9, 1.0, 2.0)))
+        zero = jnp.zeros(2)
+
+        @jax.jit
+        def compare(params):
+            exact = jax.grad(lambda p: -(jnp.exp(log_prob(p)) * log_prob(p)).sum())(params)
+            chances = jnp.exp(log_prob(params))
+            # Drawn by another policy, by which no point is half as probable.
+            drawn = (chances + 1 / 16) / 2
+
+            def of_pair(i, j):
+                rows = unit[jnp.array([i, j])], jnp.log(drawn[jnp.array([i, j])]), zero, jnp.ones(2, bool)
+                return jax.grad(lambda p: objective(space, policy, weighted_score, p, *rows, settings))(params)
+
+            each = jax.vmap(jax.vmap(of_pair, (None, 0)), (0, None))(jnp.arange(16), jnp.arange(16))
+            return exact, jax.tree.map(lambda g: jnp.einsum("i,j,ij...->...", drawn, drawn, g), each)
+
+        exact, mean = compare(random_params(policy))
+        assert max(np.abs(x).max() for x in jax.tree.leaves(exact)) > 0.05
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), mean, exact)
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_a_builder_that_is_called_in_a_trace_can_be_called_outside(kind):
+    space = {"traced": hpo.Float(0.0, 1.0), kind: hpo.Categorical((0, 1))}
+    search = lambda key: hpo.study(lambda k, h: h["traced"], reinforce(space, policy=kind), rounds=2)(key)[1].losses  # noqa: E731
+    inside = jax.jit(search)(jax.random.key(0))
+    np.testing.assert_allclose(search(jax.random.key(0)), inside, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", POLICIES)
 def test_points_are_drawn_as_often_as_they_are_probable(kind):
     space = hpo.Space(CONDITIONAL)
     policy, unit = POLICIES[kind](space), points(space)
@@ -148,6 +184,9 @@ def test_advantages_are_in_deviations_from_a_running_mean():
     mean, variance = 5 + share * (4 - 5), 4 + share * (10 - 4)
     np.testing.assert_allclose(after, (mean, variance, 1 - 0.5**5), rtol=1e-6)
     np.testing.assert_allclose(found[:3], [4 / np.sqrt(variance), -2, -2 / np.sqrt(variance)], rtol=1e-6)
+    for infinite in (np.inf, -np.inf):
+        same, moved = advantages(baseline, losses.at[1].set(infinite), on, jnp.float32(0.5))
+        np.testing.assert_allclose([*same[:3], *moved], [*found[:3], *after], rtol=1e-6)
     zero = Baseline(*map(jnp.float32, (0.0, 0.0, 0.0)))
     found, after = advantages(zero, losses + 1e6, on, jnp.float32(0.5))
     np.testing.assert_allclose(found[:3], [1, -2, -1], rtol=1e-5)
@@ -182,12 +221,13 @@ def test_a_tell_takes_a_step_along_the_mean_of_weighted_scores():
 
 def test_ppo_gains_nothing_beyond_its_clip_and_takes_several_steps():
     slope = jax.vmap(jax.grad(clipped_gain), (0, None, 0, None))
-    log_ratio = jnp.log(jnp.array([1.0, 1.3, 1.3, 0.7, 0.7]))
-    advantage = jnp.array([2.0, 2.0, -2.0, 2.0, -2.0])
-    np.testing.assert_allclose(slope(log_ratio, 0.0, advantage, 0.2), [2.0, 0, -2.6, 1.4, 0], rtol=1e-5)
+    log_ratio = jnp.log(jnp.array([1.0, 1.3, 1.3, 0.7, 0.7, 3.1]))
+    advantage = jnp.array([2.0, 2.0, -2.0, 2.0, -2.0, -2.0])
+    np.testing.assert_allclose(slope(log_ratio, 0.0, advantage, 0.2), [2.0, 0, -2.6, 1.4, 0, 0], rtol=1e-5)
+    np.testing.assert_allclose(clipped_gain(log_ratio[-1:], 0.0, advantage[-1:], 0.2), -6.0, rtol=1e-6)
     np.testing.assert_allclose(
         jax.vmap(jax.grad(weighted_score), (0, None, 0, None))(log_ratio, 0.0, advantage, 2.0),
-        [2.0, 2.6, -2.6, 1.4, -1.4],
+        [2.0, 2.6, -2.6, 1.4, -1.4, -4.0],
         rtol=1e-5,
     )
     tree = {"c": hpo.Categorical((0, 1, 2))}
@@ -249,6 +289,14 @@ def test_reals_are_found(build):
     loss = lambda key, h: (jnp.log10(h["x"]) + 2) ** 2 + ((h["n"] - 400) / 250) ** 2 + 2 * (1 - h["y"])  # noqa: E731
     _, trace = jax.jit(hpo.study(loss, build(tree), rounds=200))(jax.random.key(0))
     assert float(jnp.median(trace.losses[-5:])) < 0.15 and trace.trials.hparams["y"][-5:].min() > 0.8
+
+
+@pytest.mark.parametrize("build", [reinforce, ppo])
+def test_an_optimum_that_is_found_is_not_left_again(build):
+    tree = {f"x{i}": hpo.Float(0.0, 1.0) for i in range(10)}
+    study = hpo.study(lambda key, h: sum((x - 0.8) ** 2 for x in h.values()), build(tree), rounds=160)
+    losses = jax.jit(jax.vmap(lambda key: study(key)[1].losses))(jax.random.split(jax.random.key(0), 12))
+    assert np.mean(losses[:, -5:], axis=(1, 2)).max() < 0.02
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pytest
 
 import jaxhpo as hpo
 from jaxhpo.automl import regularized_evolution
+from jaxhpo.automl.regularized_evolution import was_told
+from jaxhpo.method import count
 from jaxhpo.variation import differs
 
 CELL = {f"edge{i}": hpo.Categorical(("a", "b", "c", "d", "e")) for i in range(6)}
@@ -107,6 +109,19 @@ def test_no_point_twice_unless_it_is_wished_for(batch):
         for distinct in (True, False)
     }
     assert points[True] >= 23 and points[False] <= 18
+
+
+def test_the_cost_of_what_is_known_follows_what_was_told():
+    known = jnp.arange(1, 2001, dtype=jnp.uint32)
+    seen = jnp.zeros(5000, jnp.uint32).at[:2000].set(known)
+    code = jnp.array([1, 60, 1000, 2000, 2001], jnp.uint32)
+    for told in (0, 63, 64, 1000, 2000, 9000):
+        rows = jnp.where(jnp.arange(5000) < told, seen, 0)
+        np.testing.assert_array_equal(was_told(code, rows, count(told)), np.isin(code, np.asarray(rows)))
+    method = regularized_evolution(SMALL, batch=2)
+    state = jax.tree.map(lambda x: x, method.reserve(method.init(jax.random.key(0)), 5000))
+    lowered = jax.jit(jax.vmap(method.ask, (0, None))).lower(jax.random.split(jax.random.key(0), 3), state)
+    assert "stablehlo.case" in lowered.as_text()
 
 
 def test_points_that_are_pending_are_not_asked_for_again():
