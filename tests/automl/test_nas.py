@@ -302,6 +302,10 @@ def test_errors_name_what_was_given_and_the_remedy():
     with pytest.raises(ValueError, match=rf"params must be of a network of 3 features, got biases \(2, 3\); {remedy}"):
         nas.export(MLP, {}, jax.tree.map(lambda p: jnp.stack([p, p]), params))
     mean = hpo.Trainable(lambda key, h: 0.0, lambda key, s, h: s, lambda s, h: s)
+    with pytest.raises(ValueError, match=r"architecture has \['lr'\], but MLP has \['features', .*best_hparams"):
+        nas.build(MLP, {"depth": 1, "lr": 0.1})
+    with pytest.raises(TypeError, match="network must be a module such as .* got <class .*MLP'>; make one"):
+        nas.build(hpo.MLP, {"depth": 1})
     with pytest.raises(TypeError, match="trainable must be a Trainable, got <function"):
         nas.train_supernet(lambda key, h: 0.0, {"x": hpo.Float(0, 1)}, 3, key=KEY)
     with pytest.raises(TypeError, match="trainable must be a Trainable, got 3; make one"):

@@ -1,5 +1,6 @@
 """Spaces of architectures, and the network of one architecture."""
 
+import dataclasses
 from typing import Any, TypeVar
 
 import jax
@@ -107,13 +108,22 @@ def build(network: Network, architecture: dict[str, Any]) -> Network:
       architecture: a point of its space, as an objective gets it, where it may be traced, or native.
 
     Raises:
-      ValueError: an operation or an activation is not among those of the network.
+      TypeError: `network` is no module.
+      ValueError: the architecture has what the network has not: a name, an operation or an activation.
 
     Example:
       >>> import jaxhpo as hpo
       >>> build(hpo.CNN(10, max_channels=8), {"channels": (4, 8), "activation": "gelu"}).activation
       array(1)
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network must be a module such as hpo.MLP(10), got {network!r}; make one")
+    known = [field.name for field in dataclasses.fields(network) if field.init and field.name not in ("parent", "name")]
+    if unknown := sorted(set(architecture) - set(known)):
+        raise ValueError(
+            f"architecture has {unknown}, but {type(network).__name__} has {known}; give the point of its space alone, "
+            'such as result.best_hparams["network"]'
+        )
     names = {"activation": getattr(network, "activations", ()), "edges": OPERATIONS}
     return network.clone(**{name: _stacked(name, value, names.get(name)) for name, value in architecture.items()})
 
