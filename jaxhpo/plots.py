@@ -285,10 +285,12 @@ def sensible(result: Result) -> list[str]:
 
 
 def style() -> Any:
+    """A context in which matplotlib draws in the style of these plots."""
     return optional("matplotlib", "a plot").rc_context(STYLE)
 
 
 def axes(ax: "Axes | None", width: float, height: float) -> Any:
+    """`ax`, or if it is `None` the axes of a new figure, of a width and a height in inches."""
     from matplotlib.figure import Figure
 
     if ax is not None:

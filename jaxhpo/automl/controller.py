@@ -40,7 +40,7 @@ from jaxhpo.automl.policies import log_probs
 from jaxhpo.automl.policy_search import SAME
 from jaxhpo.checks import real, whole
 from jaxhpo.draws import bits, uniform
-from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, count, failed
+from jaxhpo.method import Count, Initializer, Method, PyTree, Trials, count, failed, where_rows
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.trainable import Trainable
 
@@ -102,13 +102,6 @@ class Row(NamedTuple):
     """float[batch]"""
 
 
-def fresh_where(new: jax.Array, curve: Curve, space: Space) -> Curve:
-    """Curves of which those that are `new`, bool[n], begin."""
-    start = begun(space, new.shape[0])
-    pick = lambda a, b: jnp.where(new.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
-    return jax.tree.map(pick, start, curve)
-
-
 @functools.lru_cache(maxsize=256)
 def _functions(
     space: Space, every: int, intervals: int, horizon: int, hidden: int, epochs: int, batch: int
@@ -143,7 +136,7 @@ def _functions(
         del pending
         lanes, now = state.lanes, state.round.value
         new = (lanes.trial < 0) | lanes.failed | (lanes.curve.interval >= intervals)
-        curve = fresh_where(new, lanes.curve, space)
+        curve = where_rows(new, begun(space, n), lanes.curve)
         outputs, _ = outputs_and_value(net, state.params, see(curve))
         unit = act(space, outputs, uniform(bits(key, (n, space.dims))))
         trial = jnp.where(new, state.started + jnp.cumsum(new, dtype=jnp.int32) - 1, lanes.trial)

@@ -115,7 +115,6 @@ def _functions(
     draws = len(space.leaves) + len(c.owner)
     begin, step = stepper(parts)
     is_skip, is_zero, guards = np.array(skip, bool), np.array(zero, bool), any(skip)
-
     is_logit = jnp.asarray(np.arange(c.size) >= space.dims)
 
     def seen(point: jax.Array, dropped: jax.Array, settings: Settings) -> jax.Array:
