@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import jaxhpo as hpo
 from jaxhpo.bandit.schedule import hyperband_brackets, schedule
-from jaxhpo.device import Plan, engine_of, lower
+from jaxhpo.engine.device import Plan, engine_of, lower
 
 FLOATS = 16384
 SPACE = hpo.Space({"x": hpo.Float(0.0, 1.0)})

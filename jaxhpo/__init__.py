@@ -5,7 +5,7 @@ from jaxhpo.parameters import Array, Categorical, Float, Int, OneOf, Ordinal
 from jaxhpo.space import Space
 
 # What is run.
-from jaxhpo.external import external
+from jaxhpo.engine.external import external
 from jaxhpo.flax import flax_trainable, select_optimizer
 from jaxhpo.gradient import (
     Forward,

@@ -1,5 +1,6 @@
-"""Errors for numbers that a user gives: the parameter, the value and the remedy."""
+"""Errors for what a user gives or lacks: the parameter, the value and the remedy."""
 
+import importlib
 import math
 import numbers
 from collections.abc import Collection
@@ -60,3 +61,12 @@ def one_key(key: Any, remedy: str = "") -> jax.Array:
     if isinstance(key, jax.Array) and jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
         return key
     raise TypeError(f"key must be one PRNG key, got {key!r}; say jax.random.key(0){remedy}")
+
+
+def optional(module: str, purpose: str) -> Any:
+    """A module of the extra `plot`, or an error that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"{purpose} needs {package}; install it with: pip install 'jaxhpo[plot]'") from error

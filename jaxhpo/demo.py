@@ -10,12 +10,13 @@ import optax
 from rich.console import Console
 
 from jaxhpo.bandit import hyperband
+from jaxhpo.checks import optional
 from jaxhpo.flax import flax_trainable, select_optimizer
 from jaxhpo.minimize import minimize
 from jaxhpo.modules import MLP
 from jaxhpo.parameters import Categorical, Float, Int, OneOf
 from jaxhpo.records import show
-from jaxhpo.result import Result, optional
+from jaxhpo.result import Result
 from jaxhpo.space import Space
 
 PyTree = Any

@@ -12,16 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.text import Text
 
 from jaxhpo.checks import one_key
-from jaxhpo.digest import canonical
-from jaxhpo.lanes import raw_of
+from jaxhpo.engine.digest import canonical
+from jaxhpo.engine.lanes import raw_of
 from jaxhpo.records import Records, take, texts
-from jaxhpo.result import TrialTable
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.trainable import Trainable, hoist, unjitted
+from jaxhpo.views.table import TextTable
 
 PyTree = Any
 FEWEST = 16
@@ -87,9 +86,9 @@ class Schedule:
     def __repr__(self) -> str:
         return f"Schedule(segments={len(self)}, steps={self.stop[-1]}, loss={self.loss[-1]:.6g})"
 
-    def table(self) -> TrialTable:
+    def table(self) -> TextTable:
         """The segments, a row each, to `print` or to show in a notebook."""
-        table = TrialTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
+        table = TextTable()
         cells = texts(self.space, self.hparams)
         for name in ("id", "from", "to", "loss"):
             table.add_column(Text(name), justify="right", no_wrap=True)

@@ -12,17 +12,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxhpo.budget import Budget, Tally, ends, read_budget
-from jaxhpo.checkpoint import Directory, describe
 from jaxhpo.checks import one_key, whole
-from jaxhpo.device import Device
-from jaxhpo.digest import canonical, digest
-from jaxhpo.external import External, Host
+from jaxhpo.engine.budget import Budget, Tally, ends, read_budget
+from jaxhpo.engine.checkpoint import Directory, describe
+from jaxhpo.engine.device import Device
+from jaxhpo.engine.digest import canonical, digest
+from jaxhpo.engine.external import External, Host
+from jaxhpo.engine.problem import check, check_call
+from jaxhpo.engine.processes import Alone, Together, processes_of
+from jaxhpo.engine.progress import Bar, Report, share
 from jaxhpo.gradient import Unrolled, find_nonfinite
 from jaxhpo.method import Method
-from jaxhpo.problem import check, check_call
-from jaxhpo.processes import Alone, Together, processes_of
-from jaxhpo.progress import Bar, Report, share
 from jaxhpo.records import Records
 from jaxhpo.result import Result
 from jaxhpo.space import Space, working_dtype

@@ -2,20 +2,17 @@
 
 import collections
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
+from jaxhpo.checks import optional
 from jaxhpo.parameters import Int
 from jaxhpo.records import Column, Records, columns, take, texts
 from jaxhpo.space import Space
+from jaxhpo.views.table import TextTable
 
 if TYPE_CHECKING:
     import pandas
@@ -24,38 +21,6 @@ if TYPE_CHECKING:
     from jaxhpo.lineage import Schedule
 
 PyTree = Any
-
-
-def optional(module: str, purpose: str) -> Any:
-    """A module of the extra `plot`, or an error that says how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(f"{purpose} needs {package}; install it with: pip install 'jaxhpo[plot]'") from error
-
-
-class TrialTable(Table):
-    """A `rich` table with a line below it, which `print` shows, too."""
-
-    note = ""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from super().__rich_console__(console, options)
-        if self.note:
-            yield Text(self.note, style="dim")
-
-    def __str__(self) -> str:
-        console = Console()
-        # Squeezing helps at a screen only: a log can hold the natural width.
-        if not console.is_terminal:
-            natural = Measurement.get(console, console.options.update(max_width=10_000), self).maximum
-            console.width = max(natural, len(self.note))
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
-
-    __repr__ = __str__
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -191,7 +156,7 @@ class Result:
             return header, body
         return [*header, f"+ {hidden} more"], [[*cells, "…"] for cells in body]
 
-    def table(self, n: int = 10, parameters: int = 8) -> TrialTable:
+    def table(self, n: int = 10, parameters: int = 8) -> TextTable:
         """The best trials, each at its lowest loss, and a count of what failed, to `print` or to show in a notebook.
 
         Args:
@@ -203,8 +168,7 @@ class Result:
           A `rich` table.
         """
         header, body = self.rows(n, parameters)
-        table = TrialTable(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
-        table.note = self._note()
+        table = TextTable(self._note())
         for name in header:
             figure = name in ("rank", "id", "steps", "loss")
             table.add_column(Text(name), justify="right" if figure else "left", no_wrap=figure, overflow="fold")
@@ -251,25 +215,25 @@ class Result:
         kind: Literal["best_so_far", "learning_curves", "parallel_coordinates", "slices"] = "best_so_far",
         **options: Any,
     ) -> "Figure":
-        """A plot from `jaxhpo.plots`, as a matplotlib figure.
+        """A plot from `jaxhpo.views.plots`, as a matplotlib figure.
 
         Args:
-          kind: name of the function in `jaxhpo.plots`.
+          kind: name of the function in `jaxhpo.views.plots`.
           **options: its other arguments.
 
         Raises:
           ValueError: there is no such plot, or nothing to show in it.
           ImportError: matplotlib is not installed.
         """
-        from jaxhpo import plots
+        from jaxhpo.views import plots
 
         if kind not in plots.KINDS:
             raise ValueError(f"kind must be one of {tuple(plots.KINDS)}, got {kind!r}")
         return plots.KINDS[kind](self, **options)
 
     def report(self, path: str | Path, *, title: str | None = None, facts: dict[str, str] | None = None) -> Path:
-        """Writes all of it into one HTML file, which needs nothing else; see `jaxhpo.report.report`."""
-        from jaxhpo.report import report
+        """Writes all of it into one HTML file, which needs nothing else; see `jaxhpo.views.report.report`."""
+        from jaxhpo.views.report import report
 
         return report(self, path, title=title, facts=facts)
 

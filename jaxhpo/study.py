@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxhpo.chain import norms
-from jaxhpo.lanes import Bank, Incumbent, Lanes, Told, make_lanes
+from jaxhpo.engine.lanes import Bank, Incumbent, Lanes, Told, make_lanes
+from jaxhpo.engine.problem import check
 from jaxhpo.method import Method, Trials, ask_key, bare, trial_keys, where_rows
-from jaxhpo.problem import check
 from jaxhpo.space import Space
 from jaxhpo.trainable import Trainable, unjitted
 

@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint  # noqa: F401
 
 import jaxhpo as hpo
-from jaxhpo import checkpoint, device
+from jaxhpo.engine import checkpoint, device
 from tests.problems import Counter
 
 SPACE = {"x": hpo.Float(-5.0, 5.0), "n": hpo.Int(1, 8)}

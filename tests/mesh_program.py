@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxhpo as hpo
-from jaxhpo import checkpoint, device
+from jaxhpo.engine import checkpoint, device
 from tests.problems import MIXED, Counter, exact
 
 KEY = jax.random.key(3)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxhpo as hpo
-from jaxhpo.device import Plan, engine_of, lower
+from jaxhpo.engine.device import Plan, engine_of, lower
 
 STATE = 16384
 SPACE = hpo.Space({"x": hpo.Float(0.0, 1.0)})

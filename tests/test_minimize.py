@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import jaxhpo as hpo
-from jaxhpo import device
-from jaxhpo.progress import Bar, duration, share
+from jaxhpo.engine import device
+from jaxhpo.engine.progress import Bar, duration, share
 from tests.problems import MIXED, Counter, assert_same, exact
 
 KEY = jax.random.key(5)
@@ -267,7 +267,7 @@ def test_bad_input_is_named_before_anything_is_compiled(problem, method, argumen
     def compiled(*args):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr("jaxhpo.device._program", compiled)
+    monkeypatch.setattr("jaxhpo.engine.device._program", compiled)
     with pytest.raises(kind, match=words):
         hpo.minimize(problem, method, **{"key": KEY, **arguments})
 
@@ -292,7 +292,7 @@ def test_progress_is_silent_without_a_terminal(capsys):
 
 def test_progress_figures():
     assert [duration(x) for x in (4.4, 75, 3700, math.inf)] == ["0:04", "1:15", "1:01:40", "?"]
-    from jaxhpo.budget import Budget, Tally
+    from jaxhpo.engine.budget import Budget, Tally
 
     assert share(Budget(trials=100, steps=1000), Tally(trials=25, steps=500), 1.0) == 0.5
     assert share(Budget(time_limit=4.0), Tally(), 1.0) == 0.25

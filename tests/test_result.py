@@ -329,7 +329,7 @@ def test_the_page_escapes_what_users_write(written):
 
 
 def test_the_page_follows_light_and_dark(written):
-    from jaxhpo import plots
+    from jaxhpo.views import plots
 
     _, text = written
     assert "prefers-color-scheme: dark" in text and "var(--ink)" in text

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxhpo as hpo
-from jaxhpo import checkpoint
+from jaxhpo.engine import checkpoint
 from tests import killed_study
 from tests.problems import MIXED, Counter, assert_same, exact
 

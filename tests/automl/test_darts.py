@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxhpo as hpo
-from jaxhpo.lanes import make_lanes
+from jaxhpo.engine.lanes import make_lanes
 from jaxhpo.method import trial_keys
 
 KEY = jax.random.key(0)

@@ -10,7 +10,7 @@ from flax import nnx
 from sklearn.datasets import load_diabetes
 
 import jaxhpo as hpo
-from jaxhpo.device import Plan, engine_of, lower
+from jaxhpo.engine.device import Plan, engine_of, lower
 from jaxhpo.gradient.exact import root_segment
 
 KEY = jax.random.key(0)

@@ -25,7 +25,7 @@ def minimize(objective, method, trials=400, **kwargs):
 
 
 def gradients_of(objective, trials, space):
-    from jaxhpo.lanes import value_and_gradient
+    from jaxhpo.engine.lanes import value_and_gradient
 
     return jax.jit(jax.vmap(lambda h: value_and_gradient(space, objective, KEY, h)))(trials.hparams)
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxhpo as hpo
-from jaxhpo.lanes import value_and_gradient
+from jaxhpo.engine.lanes import value_and_gradient
 
 ADAM = optax.adam(0.1)
 SGD = optax.sgd(0.5)

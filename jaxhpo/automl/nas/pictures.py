@@ -6,8 +6,8 @@ from flax import linen as nn
 
 from jaxhpo.automl.nas.cells import EDGES
 from jaxhpo.automl.nas.plain import Block, PlainCell, PlainCNN, PlainMLP
-from jaxhpo.plots import axes, style
-from jaxhpo.scales import BAD, FAINT, GOOD, INK, PAPER, WINNER
+from jaxhpo.views.plots import axes, style
+from jaxhpo.views.scales import BAD, FAINT, GOOD, INK, PAPER, WINNER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxhpo.digest import canonical, digest, program
+from jaxhpo.engine.digest import canonical, digest, program
 from jaxhpo.method import Method, bare
 from jaxhpo.space import working_dtype
 

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo.budget import OPEN_GROWTH, OPEN_ROWS, Budget, Tally, begin, capacity, proceed
 from jaxhpo.checks import whole
+from jaxhpo.engine.budget import OPEN_GROWTH, OPEN_ROWS, Budget, Tally, begin, capacity, proceed
 from jaxhpo.method import Method, Trials, ask_key
 from jaxhpo.study import Initial, Trace, begin_with, first_state
 

@@ -149,7 +149,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
         "import jax, jaxhpo as hpo\n"
         "hpo.minimize(hpo.external(abs, workers=1), hpo.random(hpo.Float(0, 1)), key=jax.random.key(0), trials=4)\n"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     run = subprocess.run(
         [sys.executable, script], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True
     )

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import jaxhpo as hpo
-from jaxhpo import plots, scales
 from jaxhpo.records import Records
 from jaxhpo.result import Result
+from jaxhpo.views import plots, scales
 
 SPACE = {
     "lr": hpo.Float(1e-5, 1e-1, log=True),

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxhpo.budget import OPEN_GROWTH, OPEN_ROWS, Budget, Limits, Meter, Tally, begin, capacity, limits, proceed
-from jaxhpo.digest import canonical
-from jaxhpo.lanes import Bank, Incumbent, over_devices
+from jaxhpo.engine.budget import OPEN_GROWTH, OPEN_ROWS, Budget, Limits, Meter, Tally, begin, capacity, limits, proceed
+from jaxhpo.engine.digest import canonical
+from jaxhpo.engine.lanes import Bank, Incumbent, over_devices
+from jaxhpo.engine.processes import processes_of
 from jaxhpo.method import Method, bare
-from jaxhpo.processes import processes_of
 from jaxhpo.space import working_dtype
 from jaxhpo.study import Carry, Engine, Initial, Trace, make_engine
 from jaxhpo.trainable import Trainable, hoist

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxhpo as hpo
-from jaxhpo.lanes import make_lanes
+from jaxhpo.engine.lanes import make_lanes
 from tests.problems import MIXED, exact
 
 KEY = jax.random.key(0)

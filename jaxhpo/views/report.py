@@ -6,9 +6,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxhpo import plots, scales
+from jaxhpo.checks import optional
 from jaxhpo.records import columns, show, take
-from jaxhpo.result import Result, optional
+from jaxhpo.result import Result
+from jaxhpo.views import plots, scales
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

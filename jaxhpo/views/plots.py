@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxhpo import scales
+from jaxhpo.checks import optional
 from jaxhpo.parameters import Int
 from jaxhpo.records import Column, Records, columns, show, take
-from jaxhpo.result import Result, optional
-from jaxhpo.scales import BAD, FAILED, FAINT, GOOD, INK, PAPER, STYLE, WINNER
+from jaxhpo.result import Result
+from jaxhpo.views import scales
+from jaxhpo.views.scales import BAD, FAILED, FAINT, GOOD, INK, PAPER, STYLE, WINNER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.text import Text
 
-from jaxhpo.budget import Budget, Tally
+from jaxhpo.engine.budget import Budget, Tally
 
 
 class Report(NamedTuple):

@@ -1,0 +1,1 @@
+"""What a result looks like: plots, and pages that hold them."""
