@@ -198,9 +198,8 @@ def test_tables_say_what_was_measured():
     # Of four values the upper one of the two in the middle, and no mean of a number and infinity.
     assert body[0][3] == f"{last[2]:.3g}" and body[0][4] == f"{last[1]:.3g} to {last[3]:.3g}"
     _, times = spheres().time_rows()
-    assert [row[0] for row in times] == ["coordinate_descent", "random"] and all(
-        float(x) > 0 for row in times for x in row[1:4]
-    )
+    assert [row[0] for row in times] == ["coordinate_descent", "random"]
+    assert all(float(ask) > 0 and float(trial) > 0 for _, ask, trial, *_ in times)
 
 
 def test_comparisons_join():
@@ -283,9 +282,9 @@ def test_minus_infinity_is_refused():
 
 def test_the_command_compares_methods_of_the_field(tmp_path, capsys):
     path = tmp_path / "comparison.html"
-    main(["compare", "--methods", "random,hyperband", "--trials", "6", "--repeats", "2", "--report", str(path)])
+    main(["compare", "--methods", "random,hyperband", "--trials", "4", "--repeats", "2", "--report", str(path)])
     shown = capsys.readouterr().out
-    assert "486 training steps for each of 2 repeats" in shown and "ms per ask" in shown
+    assert "324 training steps for each of 2 repeats" in shown and "ms per ask" in shown
     page = path.read_text()
     assert page.count("<svg") == 3 and "http://" not in page and "https://" not in page and "<script" not in page
     rows = re.findall(r"^ (random|hyperband) +([\d.]+) +([\d.]+) to ([\d.]+) +([\d.]+)", shown, re.M)
