@@ -6,7 +6,8 @@ from jaxhpo.space import Space
 
 # What is run.
 from jaxhpo.engine.external import external
-from jaxhpo.flax import flax_trainable, select_optimizer
+from jaxhpo.flax import flax_trainable
+from jaxhpo.optimizers import select_optimizer
 from jaxhpo.gradient import (
     Forward,
     Implicit,

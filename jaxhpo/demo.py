@@ -11,9 +11,10 @@ from rich.console import Console
 
 from jaxhpo.bandit import hyperband
 from jaxhpo.checks import optional
-from jaxhpo.flax import flax_trainable, select_optimizer
+from jaxhpo.flax import flax_trainable
 from jaxhpo.minimize import minimize
 from jaxhpo.modules import MLP
+from jaxhpo.optimizers import select_optimizer
 from jaxhpo.parameters import Categorical, Float, Int, OneOf
 from jaxhpo.records import show
 from jaxhpo.result import Result

@@ -6,7 +6,7 @@ Reference:
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import optax
 from flax import linen, nnx
 
 from jaxhpo.draws import hashed_bits, scramble
-from jaxhpo.space import Branches
+from jaxhpo.optimizers import cast, extended
 from jaxhpo.trainable import Trainable
 
 PyTree = Any
@@ -162,7 +162,7 @@ def flax_trainable(
         params = optax.apply_updates(state.params, updates)
         moved = state._replace(params=params, collections=collections, opt_state=opt_state, step=state.step + 1)
         # Hyperparameters may be wider than parameters (float64, or float32 beside bfloat16); the state may not grow.
-        return jax.tree.map(_cast, moved, state)
+        return jax.tree.map(cast, moved, state)
 
     def evaluate(state: TrainState, hparams: PyTree) -> jax.Array:
         return average(metric or loss, (state.params, state.collections), hparams, valid)
@@ -177,63 +177,6 @@ def flax_trainable(
         return objective(params, average(loss, (params, collections), hparams, train), hparams)
 
     return Trainable(init, step, evaluate, params=lambda state: state.params, training_loss=training_loss)
-
-
-def select_optimizer(choice: Any, optimizers: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-    """The chosen one of several optimizers, by a traced index, so that trials with different ones train side by side.
-
-    Every optimizer is computed and keeps a state; those that are not chosen do not move theirs.
-
-    Args:
-      choice: what a `OneOf` over optimizers decodes to, `{"choice": i32[], name: hparams, ...}`; or what a
-        `Categorical` of their names does, an index i32[]. Their native values, names, give that optimizer alone.
-      optimizers: by name, at a `Categorical` in its order: an `optax.GradientTransformation`, or at a `OneOf` a
-        function from the hyperparameters of its branch to one, which natively is called for the live branch only.
-
-    Raises:
-      ValueError: the names are not those of the `OneOf`, or a native choice is not among them.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> def update(choice):
-      ...     optimizer = select_optimizer(choice, {"sgd": optax.sgd(0.5), "sign": optax.sign_sgd(0.1)})
-      ...     return optimizer.update(jnp.array(4.0), optimizer.init(jnp.array(0.0)))[0]
-      >>> jax.vmap(update)(jnp.arange(2)).round(3).tolist()
-      [-2.0, -0.10000000149011612]
-    """
-    branches: Mapping[str, Any] = {}
-    if isinstance(choice, Mapping):
-        branches = {name: hparams for name, hparams in choice.items() if name != "choice"}
-        if isinstance(choice, Branches) and set(branches) == set(optimizers):
-            optimizers = {name: optimizers[name] for name in branches}
-        choice = choice["choice"]
-        if not set(branches) <= set(optimizers) or (not isinstance(choice, str) and len(branches) < len(optimizers)):
-            raise ValueError(
-                f"optimizers must have the names of the OneOf: it has {list(branches)}, got {list(optimizers)}"
-            )
-    if isinstance(choice, str):
-        if choice not in optimizers:
-            raise ValueError(f"choice must be one of {list(optimizers)}, got {choice!r}")
-        return _branch(choice, optimizers, branches)
-    all_of = [_branch(name, optimizers, branches) for name in optimizers]
-    index = jnp.clip(jnp.asarray(choice, jnp.int32), 0, len(all_of) - 1)
-
-    def init(params: PyTree) -> tuple:
-        return tuple(optimizer.init(params) for optimizer in all_of)
-
-    def update(grads: PyTree, states: tuple, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, tuple]:
-        updates, moved = [], []
-        for i, (optimizer, state) in enumerate(zip(all_of, states, strict=True)):
-            chosen = index == i
-            # Ones instead of its gradients: where Adam has seen only zeros its derivative is infinite, and even
-            # unchosen, times the zero of the selection, it would turn every hypergradient into NaN.
-            seen = jax.tree.map(lambda g, c=chosen: jnp.where(c, g, jnp.ones_like(g)), grads)
-            update, new = optimizer.update(seen, state, params, **extra)
-            updates.append(jax.tree.map(_cast, update, grads))
-            moved.append(jax.tree.map(lambda n, o, c=chosen: jnp.where(c, _cast(n, o), o), new, state))
-        return jax.tree.map(lambda *u: jax.lax.select_n(index, *u), *updates), tuple(moved)
-
-    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def batch_indices(order: jax.Array, step: jax.Array, examples: int, batch_size: int) -> jax.Array:
@@ -346,24 +289,7 @@ def _takes_rngs(model: Any) -> bool:
 
 
 def _build(optimizer: Callable, hparams: PyTree) -> optax.GradientTransformationExtraArgs:
-    return _extended("optimizer(hparams)", optimizer(hparams))
-
-
-def _branch(
-    name: str, optimizers: Mapping[str, Any], branches: Mapping[str, Any]
-) -> optax.GradientTransformationExtraArgs:
-    optimizer = optimizers[name]
-    return _extended(f"optimizers[{name!r}]", optimizer(branches.get(name)) if callable(optimizer) else optimizer)
-
-
-def _extended(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
-    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
-        raise TypeError(f"{name} must be an optax.GradientTransformation such as optax.adam(lr), got {optimizer!r}")
-    return optax.with_extra_args_support(optimizer)
-
-
-def _cast(new: jax.Array, old: jax.Array) -> jax.Array:
-    return new if new.dtype == old.dtype else new.astype(old.dtype)
+    return extended("optimizer(hparams)", optimizer(hparams))
 
 
 def _mean(function: Callable, outputs: Any, targets: Any, hparams: PyTree) -> jax.Array:

@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 
 import jaxhpo as hpo
-from jaxhpo.flax import batch_indices, flax_trainable, select_optimizer
+from jaxhpo.flax import batch_indices, flax_trainable
 from jaxhpo.modules import dropout
+from jaxhpo.optimizers import select_optimizer
 
 KEY = jax.random.key(0)
 X = np.asarray(jax.random.normal(jax.random.key(1), (96, 5)))
@@ -356,6 +357,8 @@ def test_select_optimizer_errors():
         select_optimizer("lion", {"sgd": optax.sgd(0.1)})
     with pytest.raises(TypeError, match=r"optimizers\['sgd'\] must be an optax.GradientTransformation"):
         select_optimizer(0, {"sgd": 0.1})
+    with pytest.raises(TypeError, match="optimizers must be a dict of optimizers by name, got list"):
+        select_optimizer(0, [optax.sgd(0.1)])
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,13 @@ def test_minus_infinity_is_refused():
             "Trainable.evaluate must return a scalar loss",
         ),
         (
+            Counter().trainable._replace(step=0.1),
+            hpo.hyperband(X, max_steps=9),
+            {},
+            TypeError,
+            "Trainable.step must be a function, got 0.1",
+        ),
+        (
             hpo.external(time.sleep),
             hpo.hyperband(X, max_steps=9),
             {},

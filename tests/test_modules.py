@@ -11,8 +11,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 
-from jaxhpo.flax import flax_trainable, select_optimizer
+from jaxhpo.flax import flax_trainable
 from jaxhpo.modules import ACTIVATIONS, CNN, MLP, activation, dropout
+from jaxhpo.optimizers import select_optimizer
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (6, 4, 2))

@@ -110,6 +110,9 @@ def _check_trainable(trainable: Trainable, method: Method) -> None:
             f"problem is a bare Trainable, but the trials of '{method.name}' carry no training steps; give "
             "hpo.unroll(trainable, steps=...), or choose a method that trains in stretches, such as hpo.hyperband"
         )
+    for name in ("init", "step", "evaluate"):
+        if not callable(getattr(trainable, name)):
+            raise TypeError(f"Trainable.{name} must be a function, got {getattr(trainable, name)!r}")
     fill = method.space.fill
     key, hparams = example(method)
     state = _traced("Trainable.init", lambda k, h: trainable.init(k, fill(h)), hparams, key)
