@@ -48,8 +48,9 @@ from jaxhpo.result import Result
 from jaxhpo.study import Trace, study
 
 # By hand, and for methods of your own.
+from jaxhpo import history
 from jaxhpo.history import History
-from jaxhpo.method import Count, Method, Trials, ask_key, axes, trial_keys
+from jaxhpo.method import Count, Initializer, Method, Trials, ask_key, axes, black_box, trial_keys
 
 __all__ = [
     "CNN",
@@ -63,6 +64,7 @@ __all__ = [
     "Forward",
     "History",
     "Implicit",
+    "Initializer",
     "Int",
     "MedianRule",
     "Method",
@@ -82,6 +84,7 @@ __all__ = [
     "ask_key",
     "axes",
     "bayesian",
+    "black_box",
     "bohb",
     "check_gradient",
     "cma_es",
@@ -99,6 +102,7 @@ __all__ = [
     "gp_ei",
     "gradient",
     "grid",
+    "history",
     "hyperband",
     "islands",
     "minimize",
