@@ -13,7 +13,16 @@ from tests import contract
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 30_000
-QUICK = ("bandit", "exhaustive", "gradient", "population", "sequential", "stochastic", "test_contract.py")
+QUICK = (
+    "bandit",
+    "exhaustive",
+    "gradient",
+    "population",
+    "sequential",
+    "stochastic",
+    "test_contract.py",
+    "test_docs.py",
+)
 
 
 def pytest_configure(config):
