@@ -42,6 +42,8 @@ from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
 from jaxhpo.stochastic import annealing, quasirandom, random
 
 # Running a study.
+from jaxhpo.compare import compare
+from jaxhpo.comparison import Comparison
 from jaxhpo.lineage import Schedule, replay
 from jaxhpo.minimize import AllTrialsFailed, minimize
 from jaxhpo.result import Result
@@ -58,6 +60,7 @@ __all__ = [
     "AllTrialsFailed",
     "Array",
     "Categorical",
+    "Comparison",
     "Count",
     "ExtrapolationRule",
     "Float",
@@ -88,6 +91,7 @@ __all__ = [
     "bohb",
     "check_gradient",
     "cma_es",
+    "compare",
     "controlled",
     "controller",
     "coordinate_descent",

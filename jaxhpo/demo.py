@@ -18,6 +18,7 @@ from jaxhpo.parameters import Categorical, Float, Int, OneOf
 from jaxhpo.records import show
 from jaxhpo.result import Result
 from jaxhpo.space import Space
+from jaxhpo.trainable import Trainable
 
 PyTree = Any
 
@@ -65,9 +66,9 @@ def optimizer(h: PyTree) -> optax.GradientTransformation:
     )
 
 
-def tune(data: Digits, key: jax.Array, progress: bool | None = None) -> Result:
-    """Hyperband over the networks, chosen by their cross-entropy on the validation set."""
-    trainable = flax_trainable(
+def trainable(data: Digits) -> Trainable:
+    """How one network trains; its loss is the cross-entropy on the validation set."""
+    return flax_trainable(
         model=model,
         optimizer=optimizer,
         loss=optax.softmax_cross_entropy_with_integer_labels,
@@ -75,9 +76,12 @@ def tune(data: Digits, key: jax.Array, progress: bool | None = None) -> Result:
         valid=data.valid,
         batch_size=64,
     )
-    return minimize(
-        trainable, hyperband(SPACE, max_steps=486, min_steps=6, batch=64, cycles=2), key=key, progress=progress
-    )
+
+
+def tune(data: Digits, key: jax.Array, progress: bool | None = None) -> Result:
+    """Hyperband over the networks."""
+    method = hyperband(SPACE, max_steps=486, min_steps=6, batch=64, cycles=2)
+    return minimize(trainable(data), method, key=key, progress=progress)
 
 
 def accuracy(result: Result, data: tuple[np.ndarray, np.ndarray]) -> float:

@@ -102,7 +102,8 @@ def within(path: str, value: ArrayLike | None, limit: int, shape: tuple[int, ...
     value = limit if value is None else value
     if not isinstance(value, jax.core.Tracer):
         given = np.asarray(value)
-        if given.dtype.kind not in "iu" or (given < 1).any() or (given > limit).any():
+        # Where a method wants slopes, integers arrive as floats.
+        if given.dtype.kind not in "iuf" or (given % 1 != 0).any() or (given < 1).any() or (given > limit).any():
             raise ValueError(f"{path} must be integers from 1 to max_{path}={limit}, got {value!r}")
     return each(path, jnp.asarray(value, jnp.int32), shape)
 

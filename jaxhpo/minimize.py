@@ -23,10 +23,10 @@ from jaxhpo.engine.processes import Alone, Together, processes_of
 from jaxhpo.engine.progress import Bar, Report, share
 from jaxhpo.gradient import Unrolled, find_nonfinite
 from jaxhpo.method import Method
-from jaxhpo.records import Records
+from jaxhpo.records import Records, joined, recorded, refuse_minus_infinity
 from jaxhpo.result import Result
 from jaxhpo.space import Space, working_dtype
-from jaxhpo.study import Initial, Trace, read_initial
+from jaxhpo.study import Initial, read_initial
 from jaxhpo.trainable import Trainable, repeated
 
 PyTree = Any
@@ -196,8 +196,8 @@ class _Shell:
             while stopped is None:
                 before, begun = self.tally, self.seconds
                 trace, self.tally = self.driver.advance(self.tally, self.budget.time_limit - self.seconds)
-                self.parts.append(_records(trace, before.rounds))
-                self._refuse_minus_infinity(self.parts[-1])
+                self.parts.append(recorded(trace, before.rounds))
+                refuse_minus_infinity(self.method.space, self.parts[-1])
                 stopped, is_due = self.processes.once(lambda: (self._ends(), self._is_due()))
                 if self.store and isinstance(self.driver, Device) and (stopped or is_due):
                     self._save(self.store)
@@ -231,7 +231,7 @@ class _Shell:
 
     def _save(self, store: Directory) -> None:
         assert isinstance(self.driver, Device)
-        self.parts = [_joined(self.parts)]
+        self.parts = [joined(self.parts)]
         content = {
             "study": _packed(self.driver.save()),
             "tally": _packed(self.tally),
@@ -239,25 +239,16 @@ class _Shell:
         }
         self.processes.once(lambda: store.save(self.tally.rounds, content))
 
-    def _refuse_minus_infinity(self, records: Records) -> None:
-        where = np.flatnonzero(records.loss == -np.inf)
-        if len(where):
-            hparams = self.method.space.native(records.hparams, int(where[0]))
-            raise ValueError(
-                f"the loss of trial {records.id[where[0]]} is -inf, at {hparams}; a loss must be finite, or NaN for a "
-                "trial that failed: look for log(0) or a division by 0 there"
-            )
-
     def _report(self) -> Report:
         hparams = None
         if self.callbacks and math.isfinite(self.tally.best):
-            self.parts = [_joined(self.parts)]
+            self.parts = [joined(self.parts)]
             hparams = self.method.space.native(self.parts[0].hparams, int(self.parts[0].best(1)[0]))
         t = self.tally
         return Report(t.trials, t.steps, t.rounds, t.best, hparams, self.seconds)
 
     def _result(self, stopped: str) -> Result:
-        records = _joined(self.parts) if self.parts else _blank(self.method.space)
+        records = joined(self.parts) if self.parts else _blank(self.method.space)
         best = records.best(1)
         seconds, compile_seconds = self.processes.agree((self.seconds, self.driver.compile_seconds))
         result = Result(
@@ -354,25 +345,3 @@ def _known(initial: Initial) -> Records:
     none = np.full(n, -1, np.int32)
     unknown, hard = np.full(n, np.nan, losses.dtype), np.zeros(n, bool)
     return Records(none, -1 - rows, initial.known_unit, initial.known_hparams, 0 * rows, losses, none, unknown, hard)
-
-
-def _records(trace: Trace, first: int) -> Records:
-    """The active rows of a trace whose first round is `first`."""
-    rounds, lanes = np.nonzero(trace.trials.active)
-    take = lambda x: np.asarray(x)[rounds, lanes]  # noqa: E731
-    loss, norms, soft = take(trace.losses), trace.gradient_norms, trace.soft
-    return Records(
-        round=(rounds + first).astype(np.int32),
-        id=take(trace.trials.id),
-        unit=take(trace.trials.unit),
-        hparams=jax.tree.map(take, trace.trials.hparams),
-        steps=take(trace.reached),
-        loss=loss,
-        parent=take(trace.parent),
-        gradient_norm=np.full_like(loss, np.nan) if norms is None else take(norms),
-        soft=np.zeros(len(loss), bool) if soft is None else take(soft),
-    )
-
-
-def _joined(parts: list[Records]) -> Records:
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)

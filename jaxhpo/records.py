@@ -75,6 +75,44 @@ class Records(NamedTuple):
         return rows[np.unique(self.id[rows], return_index=True)[1]]
 
 
+def recorded(trace: Any, first: int) -> Records:
+    """The active rows of a `Trace` whose first round is `first`, arrays [rounds, batch, ...]."""
+    rounds, lanes = np.nonzero(trace.trials.active)
+    take = lambda x: np.asarray(x)[rounds, lanes]  # noqa: E731
+    loss, norms, soft = take(trace.losses), trace.gradient_norms, trace.soft
+    return Records(
+        round=(rounds + first).astype(np.int32),
+        id=take(trace.trials.id),
+        unit=take(trace.trials.unit),
+        hparams=jax.tree.map(take, trace.trials.hparams),
+        steps=take(trace.reached),
+        loss=loss,
+        parent=take(trace.parent),
+        gradient_norm=np.full_like(loss, np.nan) if norms is None else take(norms),
+        soft=np.zeros(len(loss), bool) if soft is None else take(soft),
+    )
+
+
+def joined(parts: list[Records]) -> Records:
+    """The rows of all parts, one after the other."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def refuse_minus_infinity(space: Space, records: Records) -> None:
+    """Sees that no loss is -inf.
+
+    Raises:
+      ValueError: one is; the message says where.
+    """
+    where = np.flatnonzero(records.loss == -np.inf)
+    if len(where):
+        hparams = space.native(records.hparams, int(where[0]))
+        raise ValueError(
+            f"the loss of trial {records.id[where[0]]} is -inf, at {hparams}; a loss must be finite, or NaN for a "
+            "trial that failed: look for log(0) or a division by 0 there"
+        )
+
+
 class Column(NamedTuple):
     """One dim of the space over the rows of some records."""
 

@@ -4,6 +4,7 @@ Whatever a problem is, its lanes take the rows of an ask chunk by chunk, so one 
 serves every round. The training states that may go on live in a bank; a row reads its source slot and writes its own.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxhpo.method import Method, Trials, example, ranked
+from jaxhpo.method import Method, Trials, example, ranked, where_rows
 from jaxhpo.space import Space, working_dtype
 from jaxhpo.trainable import Trainable
 
@@ -76,7 +77,11 @@ def over_devices(mesh: Mesh, rows: bool = True) -> NamedSharding:
 
 
 def make_lanes(
-    problem: Callable | Trainable, method: Method, lanes: int | None = None, mesh: Mesh | None = None
+    problem: Callable | Trainable,
+    method: Method,
+    lanes: int | None = None,
+    mesh: Mesh | None = None,
+    even: bool = True,
 ) -> Lanes:
     """The lanes in which `problem` runs for `method`.
 
@@ -85,6 +90,7 @@ def make_lanes(
       method: who asks.
       lanes: width; the method's batch if not given.
       mesh: devices over which the lanes are spread.
+      even: whether the active rows of an ask all run the same number of steps, as those of one study do.
     """
     width = min(lanes or method.batch, method.batch)
     if mesh is not None:
@@ -121,7 +127,7 @@ def make_lanes(
             parent=jnp.where(active, told.parent, -1),
         )
 
-    part: Callable = _training if isinstance(problem, Trainable) else _evaluation
+    part: Callable = functools.partial(_training, even=even) if isinstance(problem, Trainable) else _evaluation
     slots = math.ceil(method.slots / mesh.size) * mesh.size if mesh else method.slots
     init, settle, chunk, restore = part(problem, method, width, slots, spread, copied)
 
@@ -252,7 +258,7 @@ def raw_of(trainable: Trainable, space: Space, hparams: PyTree) -> Raw:
 
 
 def _training(
-    trainable: Trainable, method: Method, width: int, slots: int, spread: Callable, copied: Callable
+    trainable: Trainable, method: Method, width: int, slots: int, spread: Callable, copied: Callable, even: bool
 ) -> tuple[Callable, Callable, Callable, Callable]:
     raw = raw_of(trainable, method.space, example(method)[1])
     dtype = working_dtype()
@@ -310,11 +316,13 @@ def _training(
             states = jax.tree.map(lambda x: x[source], bank.states)
             states = spread(jax.lax.cond((fresh & rows.active).any(), started, lambda s: s, states))
 
-            def step(i: jax.Array, states: PyTree) -> PyTree:
-                return spread(jax.vmap(raw.step)(keys, states, hparams, before + i + 1))
+            unseen = (jnp.max(rows.steps) if even else rows.steps) - method.lookback
 
-            unseen = jnp.max(rows.steps) - method.lookback
-            states = jax.lax.fori_loop(0, unseen, step, states)
+            def step(i: jax.Array, states: PyTree) -> PyTree:
+                after = jax.vmap(raw.step)(keys, states, hparams, before + i + 1)
+                return spread(after if even else where_rows(i < unseen, after, states))
+
+            states = jax.lax.fori_loop(0, jnp.max(unseen), step, states)
             losses, states, gradients = jax.vmap(end)(keys, states, hparams, before + unseen)
             states, losses, reached = copied((spread(states), losses, before + rows.steps))
             keep = lambda record, row: record.at[slot].set(row, mode="drop")  # noqa: E731

@@ -86,5 +86,10 @@ class Bar:
         if self.bar:
             unit = "steps/s" if report.steps else "trials/s"
             facts = f"{report.trials} trials, best {report.best_loss:.4g}, {speed:,.0f} {unit}"
-            left = report.seconds * (1 - used) / used if used else math.inf
+            self.draw(used, facts, report.seconds)
+
+    def draw(self, used: float, facts: str, seconds: float) -> None:
+        """Draws the bar: the share of the work that is done, what to say of it, and the seconds that it took."""
+        if self.bar:
+            left = seconds * (1 - used) / used if used else math.inf
             self.bar.update(self.task, completed=used, facts=facts, left=duration(left))

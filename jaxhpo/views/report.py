@@ -1,18 +1,12 @@
-"""A study on one page: a single HTML file that needs no network, in light or dark as the reader's system is."""
+"""A study, or a comparison of methods, on one page of HTML."""
 
-import io
-import re
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from jaxhpo.checks import optional
+from jaxhpo.comparison import Comparison
 from jaxhpo.records import columns, show, take
 from jaxhpo.result import Result
-from jaxhpo.views import plots, scales
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from jaxhpo.views import charts, page, plots
 
 CAPTIONS = {
     "best_so_far": ("Best so far", "Every evaluation, and the lowest loss up to it. Triangles lie beyond the axis."),
@@ -23,33 +17,11 @@ CAPTIONS = {
     ),
     "slices": ("Slices", "The loss against each hyperparameter; a bar is the median of an option."),
 }
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2430; --soft: #667085; --line: #dfe3e9; --card: #f6f7f9; --paper: #ffffff;
-  --winner: #c2570a; --failed: #c01f38 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ec; --soft: #98a2b3; --line: #343a46; --card: #1e222b;
-  --paper: #15181f; --winner: #f39242; --failed: #f06a7f } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 2.5rem 1.5rem; max-width: 68rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.55 system-ui, "Segoe UI", Roboto, sans-serif }
-h1 { margin: 0 0 1.5rem; font-size: 1.7rem; line-height: 1.2 }
-h2 { margin: 2.5rem 0 .25rem; font-size: 1.15rem }
-p { margin: .25rem 0 .75rem; color: var(--soft) }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem; margin: 0 }
-dl div { padding: .7rem .9rem; border-radius: .5rem; background: var(--card) }
-dt { color: var(--soft); font-size: .8rem }
-dd { margin: .1rem 0 0; font-weight: 600; overflow-wrap: anywhere }
-.best dd { color: var(--winner) }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: .32rem .9rem .32rem 0; text-align: left; border-bottom: 1px solid var(--line) }
-th { color: var(--soft); font-weight: 600 }
-.number { text-align: right }
-tbody tr:first-child td { color: var(--winner); font-weight: 600 }
-.failures td:first-child { color: var(--failed) }
-figure { margin: 0 0 1rem }
-svg { display: block; width: 100%; height: auto; max-width: var(--natural) }
-"""
+CHARTS = {
+    "best_so_far": ("Best so far", "The median of the repeats; of the methods in front, the quartiles, too."),
+    "ranks": ("Mean rank", "Over cost; 1 is best. Bands are bootstrap intervals of 90%."),
+    "heat_map": ("Mean rank by problem", "The bluer, the better."),
+}
 
 
 def report(
@@ -83,21 +55,11 @@ def report(
       ...     report(result, f"{folder}/study.html", title="A parabola", facts={"method": "random"}).name
       'study.html'
     """
-    matplotlib = optional("matplotlib", "report")
-    title = "Hyperparameter study" if title is None else title
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "jaxhpo", "savefig.dpi": 120}):
-        pictures = "".join(_picture(kind, plots.KINDS[kind](result)) for kind in plots.sensible(result))
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        f"{_definitions(_headline(result) | (facts or {}))}{_best(result)}{_table(result, trials)}{_failures(result)}"
-        f"{pictures}</body>\n</html>\n"
-    )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    with page.drawing():
+        pictures = [page.picture(kind, plots.KINDS[kind](result), *CAPTIONS[kind]) for kind in plots.sensible(result)]
+    facts = _headline(result) | (facts or {})
+    parts = page.definitions(facts), _best(result), _table(result, trials), _failures(result)
+    return page.write(path, "Hyperparameter study" if title is None else title, *parts, *pictures)
 
 
 def _headline(result: Result) -> dict[str, str]:
@@ -113,21 +75,8 @@ def _headline(result: Result) -> dict[str, str]:
         facts["longest training"] = f"{t.steps.max():,} steps"
     return facts | {
         "ended by": "the method, which was done" if result.stopped == "method" else result.stopped.replace("_", " "),
-        "time": f"{_duration(result.seconds)}, {_duration(result.compile_seconds)} of it compiling",
+        "time": f"{page.duration(result.seconds)}, {page.duration(result.compile_seconds)} of it compiling",
     }
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
-def _definitions(facts: dict[str, Any], name: str = "facts") -> str:
-    items = "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>\n" for k, v in facts.items())
-    return f'<dl class="{name}">\n{items}</dl>\n'
 
 
 def _best(result: Result) -> str:
@@ -136,22 +85,15 @@ def _best(result: Result) -> str:
         return ""
     found = columns(result.space, take(result.trials.hparams, best))
     values = {column.name: show(column.native().tolist()[0]) for column in found if column.live[0]}
-    return f"<h2>Best hyperparameters</h2>\n<p>of trial {result.trials.id[best[0]]}</p>\n{_definitions(values, 'best')}"
+    return f"<h2>Best hyperparameters</h2>\n<p>of trial {result.trials.id[best[0]]}</p>\n{page.definitions(values, 'best')}"
 
 
 def _table(result: Result, trials: int) -> str:
     header, body = result.rows(trials, parameters=30)
     if not body:
         return ""
-    numeric = ("rank", "id", "steps", "loss")
-    kind = [' class="number"' if name in numeric else "" for name in header]
-    head = "".join(f"<th{k}>{escape(name)}</th>" for k, name in zip(kind, header, strict=True))
-    cells = ["".join(f"<td{k}>{escape(cell)}</td>" for k, cell in zip(kind, row, strict=True)) for row in body]
-    rows = "".join(f"<tr>{row}</tr>\n" for row in cells)
-    return (
-        f"<h2>Best trials</h2>\n<p>Each at its lowest loss.</p>\n"
-        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n'
-    )
+    table = page.table(header, body, ("rank", "id", "steps", "loss"))
+    return page.section("Best trials", "Each at its lowest loss.", table)
 
 
 def _failures(result: Result) -> str:
@@ -163,21 +105,37 @@ def _failures(result: Result) -> str:
     return f'<h2>Failed trials</h2>\n<div class="scroll">{table}</div>\n'
 
 
-def _picture(kind: str, figure: "Figure") -> str:
-    """The figure as inline SVG, whose ink follows the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-    # Several figures share the page: an id, or a reference to one, is told apart by its figure.
-    svg = re.sub(r'\bid="', f'id="{kind}-', svg)
-    svg = re.sub(r'(href="|url\()#', rf"\1#{kind}-", svg)
-    for colour, name in ((scales.INK, "ink"), (scales.FAINT, "line"), (scales.PAPER, "paper")):
-        svg = svg.replace(colour, f"var(--{name})")
-    title, caption = CAPTIONS[kind]
-    natural = f"{figure.get_figwidth() * 96:.0f}px"
-    label = f'role="img" aria-label="{escape(title)}" style="--natural: {natural}" '
-    svg = svg.replace("<svg ", f"<svg {label}", 1)
-    return f"<h2>{title}</h2>\n<p>{caption}</p>\n<figure>{svg}</figure>\n"
+def comparison_report(
+    comparison: Comparison, path: str | Path, *, title: str | None = None, facts: dict[str, str] | None = None
+) -> Path:
+    """Writes a comparison on one page: the table of methods, plots, and how long it took.
+
+    Args:
+      comparison: what to write about.
+      path: file to write, replaced if it is there; its folder is made.
+      title: heading of the page; "Comparison of methods" if not given.
+      facts: headline facts by name, such as the data set or the device.
+
+    Returns:
+      `path`.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    header, body = comparison.rows()
+    table = page.section("Methods", comparison.note() + ".", page.table(header, body, header[1:]))
+    pictures = []
+    with page.drawing():
+        for problem in comparison.problems:
+            of = f": {problem}" if len(comparison.problems) > 1 else ""
+            figure = charts.best_so_far(comparison, problem)
+            heading, caption = CHARTS["best_so_far"]
+            pictures.append(page.picture(f"best-{len(pictures)}", figure, heading + of, caption))
+        pictures += [
+            page.picture(kind, charts.KINDS[kind](comparison), *CHARTS[kind]) for kind in ("ranks", "heat_map")
+        ]
+    header, body = comparison.time_rows()
+    caption = "Wall-clock times; the repeats of a method run side by side and share them."
+    times = page.section("Time", caption, page.table(header, body, header[1:]))
+    headline = page.definitions(facts) if facts else ""
+    return page.write(path, "Comparison of methods" if title is None else title, headline, table, *pictures, times)
