@@ -187,27 +187,27 @@ class Comparison:
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of `table` as text."""
         found = self.ranks()
-        header = ["method", "mean rank", f"{LEVEL:.0%} interval", "first"]
+        header = ["method", "mean rank", f"{LEVEL:.0%} interval"]
         for problem in self.problems:
             of = f" of {problem}" if len(self.problems) > 1 else ""
             header += [f"best so far{of}", "quartiles"]
         body = []
         for name in self.order():
             i = self.methods.index(name)
-            row = [name, f"{found.mean[i]:.2f}", f"{found.low[i]:.2f} to {found.high[i]:.2f}", f"{found.first[i]:.0%}"]
+            row = [name, f"{found.mean[i]:.2f}", f"{found.low[i]:.1f} to {found.high[i]:.1f}"]
             for problem in self.problems:
                 last = self._curves[problem][i, :, -1]
                 low, median, high = (_loss(q) for q in _quantiles(last[:, None], (0.25, 0.5, 0.75))[:, 0])
                 row += [median, f"{low} to {high}"]
             body.append([*row, f"{self._mean('lanes_used', name):.0%}"])
-        return [*header, "lanes used"], body
+        return [*header, "lanes"], body
 
     def table(self) -> TextTable:
         """Methods by mean rank, best first: a function of the key alone, without a time.
 
         Returns:
-          A `rich` table: mean rank and its interval, the share of bootstraps in which the method is first, median and
-          quartiles of the lowest loss at the end of the budget for each problem, and the share of lanes used.
+          A `rich` table: mean rank and its interval, median and quartiles of the lowest loss at the end of the budget
+          for each problem, and the share of lanes used.
         """
         return _table(*self.rows(), self.note())
 
@@ -336,7 +336,7 @@ def _quantiles(values: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
 
 
 def _loss(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "failed"
+    return f"{value:.3g}" if math.isfinite(value) else "failed"
 
 
 def _table(header: list[str], body: list[list[str]], note: str) -> TextTable:

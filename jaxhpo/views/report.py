@@ -85,7 +85,8 @@ def _best(result: Result) -> str:
         return ""
     found = columns(result.space, take(result.trials.hparams, best))
     values = {column.name: show(column.native().tolist()[0]) for column in found if column.live[0]}
-    return f"<h2>Best hyperparameters</h2>\n<p>of trial {result.trials.id[best[0]]}</p>\n{page.definitions(values, 'best')}"
+    caption = f"of trial {result.trials.id[best[0]]}"
+    return page.section("Best hyperparameters", caption, page.definitions(values, "best"))
 
 
 def _table(result: Result, trials: int) -> str:
@@ -124,15 +125,13 @@ def comparison_report(
     """
     header, body = comparison.rows()
     table = page.section("Methods", comparison.note() + ".", page.table(header, body, header[1:]))
-    pictures = []
+    several = len(comparison.problems) > 1
     with page.drawing():
-        for problem in comparison.problems:
-            of = f": {problem}" if len(comparison.problems) > 1 else ""
-            figure = charts.best_so_far(comparison, problem)
-            heading, caption = CHARTS["best_so_far"]
-            pictures.append(page.picture(f"best-{len(pictures)}", figure, heading + of, caption))
-        pictures += [
-            page.picture(kind, charts.KINDS[kind](comparison), *CHARTS[kind]) for kind in ("ranks", "heat_map")
+        figures = [("best_so_far", f": {p}" * several, charts.best_so_far(comparison, p)) for p in comparison.problems]
+        figures += [(kind, "", charts.KINDS[kind](comparison)) for kind in ("ranks", "heat_map")]
+        pictures = [
+            page.picture(f"{kind}-{i}", figure, CHARTS[kind][0] + of, CHARTS[kind][1])
+            for i, (kind, of, figure) in enumerate(figures)
         ]
     header, body = comparison.time_rows()
     caption = "Wall-clock times; the repeats of a method run side by side and share them."
