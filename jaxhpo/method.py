@@ -216,12 +216,34 @@ INIT_ROUND = 2**31 - 1
 
 
 def ask_key(key: jax.Array, round: int | jax.Array = INIT_ROUND) -> jax.Array:
-    """The key of a study's round for `ask`; without a round, the one for `init`."""
+    """The key of a study's round for `ask`; without a round, the one for `init`.
+
+    Args:
+      key: of the study, as `minimize` takes it.
+      round: i32[] or an int, from 0.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> key, method = jax.random.key(0), hpo.random({"x": hpo.Float(0, 1)}, batch=2)
+      >>> trials, state = method.ask(hpo.ask_key(key, 0), method.init(hpo.ask_key(key)))
+    """
     method_key, _ = jax.random.split(key)
     return jax.random.fold_in(method_key, round)
 
 
 def trial_keys(key: jax.Array, trials: Trials) -> jax.Array:
-    """The keys of the trials of a study: key[batch], a function of the study's key and a trial's id alone."""
+    """The keys of the trials of a study: key[batch], a function of the study's key and a trial's id alone.
+
+    Args:
+      key: of the study, as `minimize` takes it.
+      trials: what was asked for.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> key, method = jax.random.key(0), hpo.random({"x": hpo.Float(0, 1)}, batch=2)
+      >>> trials, _ = method.ask(hpo.ask_key(key, 0), method.init(hpo.ask_key(key)))
+      >>> hpo.trial_keys(key, trials).shape
+      (2,)
+    """
     _, trials_key = jax.random.split(key)
     return jax.vmap(jax.random.fold_in, (None, 0))(trials_key, trials.id)
