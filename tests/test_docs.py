@@ -32,12 +32,10 @@ BOUNDS = {
     "differential_evolution": 1e-4,
     "particle_swarm": 1e-3,
     "pbt": 1.1e-3,
-    "islands": 1e-4,
     "successive_halving": 2e-3,
     "hyperband": 1.1e-3,
     "asha": 1.1e-3,
     "gradient": 1.1e-3,
-    "polish": 1e-3,
     "unroll": 1.1e-3,
     "regularized_evolution": 0.1,
     "darts": 1e-6,
@@ -46,7 +44,7 @@ BOUNDS = {
     "controller": 1.1e-3,
 }
 # Seconds to compile, and run by the examples of their docstrings: here a round of the study is only traced.
-TRACED = ["bayesian", "gp_ei", "cma_es", "bohb", "dehb", "early_stopping"]
+TRACED = ["bayesian", "gp_ei", "cma_es", "islands", "bohb", "dehb", "early_stopping", "polish"]
 
 
 def anchor(heading):
