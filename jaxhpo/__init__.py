@@ -51,8 +51,9 @@ from jaxhpo.result import Result
 from jaxhpo.study import Trace, study
 
 # By hand, and for methods of your own.
+from jaxhpo import history
 from jaxhpo.history import History
-from jaxhpo.method import Count, Method, Trials, ask_key, axes, trial_keys
+from jaxhpo.method import Count, Initializer, Method, Trials, ask_key, axes, black_box, trial_keys
 
 __all__ = [
     "CNN",
@@ -67,6 +68,7 @@ __all__ = [
     "Forward",
     "History",
     "Implicit",
+    "Initializer",
     "Int",
     "MedianRule",
     "Method",
@@ -86,6 +88,7 @@ __all__ = [
     "ask_key",
     "axes",
     "bayesian",
+    "black_box",
     "bohb",
     "check_gradient",
     "cma_es",
@@ -104,6 +107,7 @@ __all__ = [
     "gp_ei",
     "gradient",
     "grid",
+    "history",
     "hyperband",
     "islands",
     "minimize",

@@ -22,7 +22,7 @@ from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
 from jaxhpo.space import Space
 from jaxhpo.stochastic import annealing, random
 
-STEPS, BATCH = 81, 8
+STEPS, BATCH, CYCLES = 81, 8, 8
 
 METHODS: dict[str, Callable[[Space], Method]] = {
     "grid": lambda space: grid(space, points=2, batch=BATCH),
@@ -34,7 +34,7 @@ METHODS: dict[str, Callable[[Space], Method]] = {
     "coordinate_descent": lambda space: coordinate_descent(space, batch=BATCH),
     "genetic": lambda space: genetic(space, batch=BATCH),
     "particle_swarm": lambda space: particle_swarm(space, batch=BATCH),
-    "hyperband": lambda space: hyperband(space, max_steps=STEPS, min_steps=STEPS // 9, batch=BATCH, cycles=4),
+    "hyperband": lambda space: hyperband(space, max_steps=STEPS, min_steps=STEPS // 9, batch=BATCH, cycles=CYCLES),
     "gradient": lambda space: gradient(space, optax.adam(0.1), starts=BATCH // 2),
     "regularized_evolution": lambda space: regularized_evolution(space, population=2 * BATCH, batch=BATCH),
     "reinforce": lambda space: reinforce(space, batch=BATCH),

@@ -75,6 +75,16 @@ class Initializer:
     """The `init` of a method: `bare(key, settings)` with default settings.
 
     The builders cache `bare`, so composites and drivers, which pass settings explicitly, compile it once.
+
+    Args:
+      bare: (key, settings) -> state.
+      settings: what it gets where a call has none, a pytree of arrays.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> init = hpo.Initializer(lambda key, settings: settings["step"], {"step": 0.3})
+      >>> init(jax.random.key(0)), init(jax.random.key(0), {"step": 0.1})
+      (0.3, 0.1)
     """
 
     def __init__(self, bare: Callable, settings: PyTree):
@@ -157,7 +167,7 @@ def endless(method: Any, example: str, slots: str, rounds: str) -> Method:
 
 
 def black_box(
-    space: Space, unit: jax.Array, first: jax.Array, active: jax.Array | None = None, aux: PyTree = ()
+    space: Space, unit: jax.Array, first: int | jax.Array, active: jax.Array | None = None, aux: PyTree = ()
 ) -> Trials:
     """Fresh trials that carry no steps and keep no training state.
 
@@ -167,6 +177,15 @@ def black_box(
       first: i32[], id of the first row; the others count up from it.
       active: bool[batch], active rows first; all if not given.
       aux: the method's own memory of the rows.
+
+    Returns:
+      `Trials` of `batch` rows, padding with the id -1.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxhpo as hpo
+      >>> trials = hpo.black_box(hpo.Space({"x": hpo.Float(0.0, 8.0)}), jnp.array([[0.25], [0.5]]), first=7)
+      >>> trials.id.tolist(), trials.hparams["x"].tolist()
+      ([7, 8], [2.0, 4.0])
     """
     n = unit.shape[0]
     active = jnp.ones(n, bool) if active is None else active
@@ -197,12 +216,34 @@ INIT_ROUND = 2**31 - 1
 
 
 def ask_key(key: jax.Array, round: int | jax.Array = INIT_ROUND) -> jax.Array:
-    """The key of a study's round for `ask`; without a round, the one for `init`."""
+    """The key of a study's round for `ask`; without a round, the one for `init`.
+
+    Args:
+      key: of the study, as `minimize` takes it.
+      round: i32[] or an int, from 0.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> key, method = jax.random.key(0), hpo.random({"x": hpo.Float(0, 1)}, batch=2)
+      >>> trials, state = method.ask(hpo.ask_key(key, 0), method.init(hpo.ask_key(key)))
+    """
     method_key, _ = jax.random.split(key)
     return jax.random.fold_in(method_key, round)
 
 
 def trial_keys(key: jax.Array, trials: Trials) -> jax.Array:
-    """The keys of the trials of a study: key[batch], a function of the study's key and a trial's id alone."""
+    """The keys of the trials of a study: key[batch], a function of the study's key and a trial's id alone.
+
+    Args:
+      key: of the study, as `minimize` takes it.
+      trials: what was asked for.
+
+    Example:
+      >>> import jax, jaxhpo as hpo
+      >>> key, method = jax.random.key(0), hpo.random({"x": hpo.Float(0, 1)}, batch=2)
+      >>> trials, _ = method.ask(hpo.ask_key(key, 0), method.init(hpo.ask_key(key)))
+      >>> hpo.trial_keys(key, trials).shape
+      (2,)
+    """
     _, trials_key = jax.random.split(key)
     return jax.vmap(jax.random.fold_in, (None, 0))(trials_key, trials.id)

@@ -146,12 +146,12 @@ def begin_with(initial: Initial, trials: Trials) -> Trials:
     n = len(initial.unit)
     mine = trials.active & (trials.source < 0) & (trials.id < n)
     at = jnp.clip(trials.id, 0, n - 1)
-    pick = lambda new, old: jnp.where(  # noqa: E731
-        mine.reshape(-1, *[1] * (old.ndim - 1)), jnp.asarray(new, old.dtype)[at], old
+    points = initial.unit, initial.hparams
+    asked = trials.unit, trials.hparams
+    unit, hparams = where_rows(
+        mine, jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype)[at], points, asked), asked
     )
-    return trials._replace(
-        unit=pick(initial.unit, trials.unit), hparams=jax.tree.map(pick, initial.hparams, trials.hparams)
-    )
+    return trials._replace(unit=unit, hparams=hparams)
 
 
 def tell_known(method: Method, initial: Initial, key: jax.Array, state: PyTree) -> PyTree:

@@ -20,8 +20,9 @@ QUICK = (
     "population",
     "sequential",
     "stochastic",
-    "test_contract.py",
     "test_compare.py",
+    "test_contract.py",
+    "test_docs.py",
 )
 
 

@@ -31,6 +31,8 @@ from jaxhpo.method import Method, Trials
 from jaxhpo.population import cma_es, differential_evolution, genetic, islands, particle_swarm, pbt
 from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
 from jaxhpo.stochastic import annealing, quasirandom, random
+from tests.one_plus_one import one_plus_one
+from tests.snippets import page
 
 
 class Case(NamedTuple):
@@ -44,6 +46,7 @@ class Case(NamedTuple):
     """whether the rounding of a batched program can move a trial far, as what it maximises has many optima"""
 
 
+NEW_METHOD = "docs/new_method.md"
 ADAM, TRUST = optax.adam(0.1), trust_region()
 CASES = [
     Case("grid", lambda space: grid(space, points=2, batch=5), keyed=False),
@@ -98,6 +101,9 @@ CASES = [
     Case("reinforce", lambda space: reinforce(space, batch=5)),
     Case("ppo-autoregressive", lambda space: ppo(space, policy="autoregressive", hidden=4, epochs=2, batch=5)),
     Case("tpe", lambda space: tpe(space, startup=5, candidates=8, batch=5)),
+    Case("one_plus_one", lambda space: one_plus_one(space, batch=5)),
+    Case("lipschitz", lambda space: page(NEW_METHOD)["lipschitz"](space, startup=5, batch=5)),
+    Case("survivors", lambda space: page(NEW_METHOD)["survivors"](space, every=3, batch=5)),
     Case("tpe-univariate", lambda space: tpe(space, multivariate=False, startup=5, candidates=8, batch=5)),
 ]
 NAMES = [case.name for case in CASES]

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import NAMES, SPACES, assert_same, build, check_asks, compiles, floats, loss_of, play, rig, start
 
 from jaxhpo.method import axes, bare
+from tests.contract import NAMES, SPACES, assert_same, build, check_asks, compiles, floats, loss_of, play, rig, start
 
 ROUNDS = range(4)
 every_method = pytest.mark.parametrize("name", NAMES)

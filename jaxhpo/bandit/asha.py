@@ -60,6 +60,9 @@ def asha(
       >>> result = hpo.minimize(trainable, method, key=jax.random.key(0), steps=2000, progress=False)
       >>> result.best_hparams["rate"] < 0.51
       True
+
+    Reference:
+      Li et al. (2020), A system for massively parallel hyperparameter tuning.
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
     inner, settings = inner_of(sampler, space, min(batch, WIDTH))

@@ -74,6 +74,9 @@ def bohb(
       >>> result = hpo.minimize(trainable, method, key=jax.random.key(0), steps=2000, progress=False)
       >>> result.best_hparams["rate"] < 0.501
       True
+
+    Reference:
+      Falkner, Klein and Hutter (2018), BOHB: robust and efficient hyperparameter optimization at scale.
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
     one_of("model", model, MODELS)

@@ -99,6 +99,10 @@ def dehb(
       >>> result = hpo.minimize(trainable, method, key=jax.random.key(0), steps=2000, progress=False)
       >>> result.best_hparams["rate"] < 0.51
       True
+
+    Reference:
+      Awad, Mallik and Hutter (2021), DEHB: evolutionary Hyperband for scalable, robust and efficient hyperparameter
+      optimization.
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
     members = min(max(4 * space.dims, 20), 100) if population is None else whole("population", population, 4)

@@ -52,6 +52,10 @@ def hyperband(
       >>> import jaxhpo as hpo
       >>> hpo.hyperband({"lr": hpo.Float(1e-4, 1, log=True)}, max_steps=81, batch=16).rounds
       25
+
+    Reference:
+      Li, Jamieson, DeSalvo, Rostamizadeh and Talwalkar (2018), Hyperband: a novel bandit-based approach to
+      hyperparameter optimization.
     """
     space, batch = Space.of(space), whole("batch", batch, 1)
     inner, settings = inner_of(sampler, space, batch)

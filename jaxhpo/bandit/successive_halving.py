@@ -47,6 +47,9 @@ def successive_halving(
       >>> import jaxhpo as hpo
       >>> hpo.successive_halving({"lr": hpo.Float(1e-4, 1, log=True)}, trials=27, max_steps=27, batch=9).rounds
       6
+
+    Reference:
+      Jamieson and Talwalkar (2016), Non-stochastic best arm identification and hyperparameter optimization.
     """
     trials, max_steps = whole("trials", trials, 1), whole("max_steps", max_steps, 1, most=2**31 - 1)
     eta, batch = whole("eta", eta, 2), whole("batch", batch, 1)

@@ -305,9 +305,7 @@ def _training(
         source, slot = copied((jnp.maximum(rows.source, 0), jnp.where(rows.active, rows.slot, slots)))
 
         def started(states: PyTree) -> PyTree:
-            new = jax.vmap(raw.init)(keys, hparams)
-            pick = lambda a, b: jnp.where(fresh.reshape(width, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
-            return jax.tree.map(pick, new, states)
+            return where_rows(fresh, jax.vmap(raw.init)(keys, hparams), states)
 
         def train(carry: tuple[Bank, Incumbent]) -> tuple[tuple[Bank, Incumbent], Told]:
             bank, incumbent = carry
