@@ -22,22 +22,28 @@ from jaxhpo.sequential import bayesian, coordinate_descent, gp_ei, tpe
 from jaxhpo.space import Space
 from jaxhpo.stochastic import annealing, random
 
-STEPS, BATCH, CYCLES = 81, 8, 8
+STEPS, BATCH = 81, 8
 
-METHODS: dict[str, Callable[[Space], Method]] = {
-    "grid": lambda space: grid(space, points=2, batch=BATCH),
-    "random": lambda space: random(space, batch=BATCH),
-    "annealing": lambda space: annealing(space, batch=BATCH),
-    "bayesian": lambda space: bayesian(space, surrogate="forest", batch=BATCH),
-    "tpe": lambda space: tpe(space, batch=BATCH),
-    "gp_ei": lambda space: gp_ei(space, batch=BATCH),
-    "coordinate_descent": lambda space: coordinate_descent(space, batch=BATCH),
-    "genetic": lambda space: genetic(space, batch=BATCH),
-    "particle_swarm": lambda space: particle_swarm(space, batch=BATCH),
-    "hyperband": lambda space: hyperband(space, max_steps=STEPS, min_steps=STEPS // 9, batch=BATCH, cycles=CYCLES),
-    "gradient": lambda space: gradient(space, optax.adam(0.1), starts=BATCH // 2),
-    "regularized_evolution": lambda space: regularized_evolution(space, population=2 * BATCH, batch=BATCH),
-    "reinforce": lambda space: reinforce(space, batch=BATCH),
+
+def _hyperband(space: Space, trials: int) -> Method:
+    # A cycle takes as many steps as seven trainings.
+    return hyperband(space, max_steps=STEPS, min_steps=STEPS // 9, batch=BATCH, cycles=trials // 7 + 1)
+
+
+METHODS: dict[str, Callable[[Space, int], Method]] = {
+    "grid": lambda space, trials: grid(space, points=2, batch=BATCH),
+    "random": lambda space, trials: random(space, batch=BATCH),
+    "annealing": lambda space, trials: annealing(space, batch=BATCH),
+    "bayesian": lambda space, trials: bayesian(space, surrogate="forest", batch=BATCH),
+    "tpe": lambda space, trials: tpe(space, batch=BATCH),
+    "gp_ei": lambda space, trials: gp_ei(space, batch=BATCH),
+    "coordinate_descent": lambda space, trials: coordinate_descent(space, batch=BATCH),
+    "genetic": lambda space, trials: genetic(space, batch=BATCH),
+    "particle_swarm": lambda space, trials: particle_swarm(space, batch=BATCH),
+    "hyperband": _hyperband,
+    "gradient": lambda space, trials: gradient(space, optax.adam(0.1), starts=BATCH // 2),
+    "regularized_evolution": lambda space, trials: regularized_evolution(space, population=2 * BATCH, batch=BATCH),
+    "reinforce": lambda space, trials: reinforce(space, batch=BATCH),
 }
 
 
@@ -61,7 +67,7 @@ def field(
       progress: as in `compare`.
     """
     space = Space(SPACE)
-    built = {name: METHODS[one_of("methods", name, METHODS)](space) for name in methods}
+    built = {name: METHODS[one_of("methods", name, METHODS)](space, trials) for name in methods}
     problem = unroll(trainable(data), steps=STEPS)
     return compare(problem, built, key=key, trials=trials, repeats=repeats, progress=progress)
 

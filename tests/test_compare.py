@@ -14,6 +14,7 @@ import jaxhpo as hpo
 from jaxhpo.__main__ import main
 from jaxhpo.comparison import ranks
 from jaxhpo.engine.repeats import Price, _Runner
+from tests.one_plus_one import one_plus_one
 from tests.problems import MIXED, Counter
 
 KEY = jax.random.key(5)
@@ -213,6 +214,15 @@ def test_comparisons_join():
         both | other
     with pytest.raises(ValueError, match="same methods and repeats"):
         both | trained()
+
+
+def test_a_method_of_ones_own_is_compared_like_any_other():
+    methods = [hpo.random(SPHERE, batch=4), one_plus_one(SPHERE)]
+    comparison = hpo.compare(sphere, methods, key=KEY, trials=80, repeats=4)
+    assert [row[0] for row in comparison.rows()[1]] == ["one_plus_one", "random"]
+    assert comparison.ranks().high[1] < comparison.ranks().low[0]
+    alone = hpo.minimize(sphere, methods[1], key=jax.random.fold_in(KEY, 2), trials=80)
+    assert comparison.best_so_far("one_plus_one")[1][2, -1] == pytest.approx(alone.best_loss, rel=1e-5)
 
 
 def far(h):
