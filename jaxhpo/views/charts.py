@@ -157,27 +157,34 @@ def _clipped(losses: np.ndarray, scale: scales.LossScale) -> np.ndarray:
 
 def _name_ends(axis: Any, ends: dict[str, float], names: list[str], highlight: int, x: float) -> None:
     """The name of each curve where it ends, moved apart where they would lie on each other."""
-    to_axis = axis.transData.transform
-    height = axis.bbox.height
-    wanted = {name: float((to_axis((x, y))[1] - axis.bbox.y0) / height) for name, y in ends.items()}
-    ordered = sorted(wanted, key=lambda name: wanted[name])
-    gap = min(0.048, 1.0 / max(len(ordered), 1))
-    places: list[float] = []
-    for name in ordered:
-        places.append(max(wanted[name], places[-1] + gap if places else 0.0))
-    over = max(places[-1] - 1.0, 0.0) if places else 0.0
-    for i in range(len(places) - 1, -1, -1):
-        ceiling = places[i + 1] - gap if i + 1 < len(places) else 1.0
-        places[i] = min(places[i], ceiling) if over else places[i]
-    for name, place in zip(ordered, places, strict=True):
-        look = _look(names.index(name), highlight)
+    heights = np.array(
+        [axis.transAxes.inverted().transform(axis.transData.transform((x, y)))[1] for y in ends.values()]
+    )
+    for name, height in zip(ends, _apart(heights, min(0.048, 1 / max(len(ends) - 1, 1))), strict=True):
+        is_bold = names.index(name) < highlight
         axis.annotate(
             name,
-            (1.01, place),
+            (1.01, height),
             xycoords="axes fraction",
             va="center",
-            color=look["color"] if names.index(name) < highlight else INK,
-            fontweight="bold" if names.index(name) < highlight else "normal",
+            color=_look(names.index(name), highlight)["color"] if is_bold else INK,
+            fontweight="bold" if is_bold else "normal",
             fontsize=9,
             annotation_clip=False,
         )
+
+
+def _apart(heights: np.ndarray, gap: float) -> np.ndarray:
+    """The places in [0, 1] nearest to `heights` that are in the same order and at least `gap` apart."""
+    order = np.argsort(heights, kind="stable")
+    shift = gap * np.arange(len(heights))
+    groups: list[list[float]] = []
+    # Least squares under an order: neighbours that would change it share their mean.
+    for wanted in (heights[order] - shift).tolist():
+        groups.append([wanted])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    placed = np.array([np.mean(group) for group in groups for _ in group])
+    out = np.empty(len(heights))
+    out[order] = np.clip(placed, 0, 1 - shift[-1]) + shift
+    return out

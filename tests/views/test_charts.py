@@ -10,6 +10,7 @@ import pytest
 import jaxhpo as hpo
 from jaxhpo.comparison import Comparison, Runs
 from jaxhpo.records import Records
+from jaxhpo.views import charts
 
 SPACE = hpo.Space({"x": hpo.Float(0.0, 1.0)})
 
@@ -86,3 +87,10 @@ def test_what_cannot_be_drawn_is_said():
     nothing = Comparison({"p": {"a": runs(np.full((2, 3), np.nan))}}, {"p": 3.0}, {"p": "trials"})
     with pytest.raises(ValueError, match="nothing to show"):
         nothing.plot("best_so_far")
+
+
+def test_names_stay_as_near_to_their_curves_as_they_can():
+    apart = charts._apart(np.array([0.9, 0.5, 0.5, 0.1]), 0.1)
+    np.testing.assert_allclose(apart, [0.9, 0.45, 0.55, 0.1])
+    np.testing.assert_allclose(charts._apart(np.array([0.0, 0.02, 1.0, 1.0]), 0.1), [0.0, 0.1, 0.9, 1.0])
+    np.testing.assert_allclose(charts._apart(np.full(5, 0.3), 0.25), np.linspace(0, 1, 5))
