@@ -63,6 +63,17 @@ def one_key(key: Any, remedy: str = "") -> jax.Array:
     raise TypeError(f"key must be one PRNG key, got {key!r}; say jax.random.key(0){remedy}")
 
 
+def concrete_key(key: Any, caller: str) -> jax.Array:
+    """`key`, which is one typed PRNG key and is not traced, for a function of the host.
+
+    Raises:
+      TypeError: it is none.
+    """
+    if isinstance(key, jax.core.Tracer):
+        raise TypeError(f"{caller} runs on the host, not under a transformation; inside jit or vmap use hpo.study")
+    return one_key(key)
+
+
 def optional(module: str, purpose: str) -> Any:
     """A module of the extra `plot`, or an error that says how to get it."""
     try:

@@ -1,6 +1,5 @@
 """Every method on the same problem at the same cost, each several times as one program."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo.checks import one_key, real, whole
+from jaxhpo.checks import concrete_key, real, whole
 from jaxhpo.comparison import Comparison, Runs
-from jaxhpo.engine.external import External
-from jaxhpo.engine.problem import check, check_call
+from jaxhpo.engine.external import External, check_external
+from jaxhpo.engine.problem import check, check_call, check_slope
 from jaxhpo.engine.progress import Bar
-from jaxhpo.engine.repeats import Price, rehearse, run_repeats
+from jaxhpo.engine.repeats import Price, ask_seconds, run_repeats
 from jaxhpo.gradient import Unrolled
 from jaxhpo.method import Method
 from jaxhpo.minimize import AllTrialsFailed, minimize
@@ -53,7 +52,8 @@ def compare(
     """Runs every method several times on the same problem at the same cost.
 
     The repeats of a method are one program. Repeat `r` is the study of `minimize` with the key `fold_in(key, r)` and
-    the same budget, so it may be looked into by itself; all methods have the same keys.
+    what the budget buys, up to rounding, so it may be looked into by itself; all methods have the same keys. Its
+    warnings, such as of gradients that are not finite, are given there only.
 
     Methods of every kind are compared on training: give `unroll(trainable, steps)`, where `steps` is what a whole
     training is. Methods whose trials carry steps get the trainable itself, the others the unrolled objective, and what
@@ -67,19 +67,21 @@ def compare(
       key: PRNG key.
       trials: what each repeat may spend, in trials, at least 1; of unrolled training, in whole trainings.
       steps: what each repeat may spend, in training steps, where there is training. One of the two is given. A study
-        ends with the round that reaches its budget, and nothing beyond it counts.
+        ends with the round that reaches its budget, and nothing beyond it counts. A method that ends by itself, such as
+        a grid, may spend less, which the table says.
       repeats: how many times each method runs, at least 1.
-      gradient_cost: how many times as much a trial, or a step, costs with its derivative, at least 1. Methods that use
-        gradients get so many times fewer of them.
+      gradient_cost: how many times as much a trial, or a step, costs with its derivative, from 1 to 100. Methods that
+        use gradients get so many times fewer of them.
       lanes: how many trials of a repeat run side by side, at least 1; the method's batch if not given. Fewer need less
-        memory: repeats times as many training states are live.
+        memory: of all repeats as many training states are live. Not for `external`, which has workers.
       progress: whether to show a progress bar; on a terminal only if not given.
 
     Returns:
       A `Comparison`.
 
     Raises:
-      ValueError, TypeError: an argument is wrong, or a method does not suit a problem; before anything runs.
+      ValueError, TypeError: an argument is wrong, or a method does not suit a problem, before anything runs; or a loss
+        was -inf.
 
     Example:
       >>> import jax, jaxhpo as hpo
@@ -90,16 +92,16 @@ def compare(
       >>> len(comparison.runs["problem"][name].trials)
       3
     """
-    key, repeats = one_key(key), whole("repeats", repeats, 1)
-    cost = real("gradient_cost", gradient_cost, 1.0, math.inf)
+    key, repeats = concrete_key(key, "compare"), whole("repeats", repeats, 1)
+    cost = real("gradient_cost", gradient_cost, 1.0, 100.0)
     named = _named(methods)
     problems = problem if isinstance(problem, Mapping) else {"problem": problem}
     if not problems:
         raise ValueError(f"problem must have at least one problem, got {problem!r}")
-    tasks = {name: _task(value, trials, steps, cost) for name, value in problems.items()}
+    tasks = {_name("problem", name): _task(value, trials, steps, cost) for name, value in problems.items()}
     for task in tasks.values():
-        for method in named.values():
-            _check(task, method, lanes)
+        for label, method in named.items():
+            _check(task, label, method, lanes)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(repeats))
     runs: dict[str, dict[str, Runs]] = {}
     begun = time.perf_counter()
@@ -115,12 +117,16 @@ def compare(
 
                 show(0.0)
                 run = _external if isinstance(task.problem, External) else _device
-                runs[name][label] = run(task, method, keys, lanes, show)
+                try:
+                    runs[name][label] = run(task, method, keys, lanes, show)
+                except ValueError as error:
+                    error.add_note(f"This came up in {label!r} on {name!r}.")
+                    raise
     return Comparison(runs, {n: t.budget for n, t in tasks.items()}, {n: t.unit for n, t in tasks.items()})
 
 
 def _named(methods: Any) -> dict[str, Method]:
-    if isinstance(methods, Method) or not isinstance(methods, Mapping | Sequence):
+    if isinstance(methods, Method | str) or not isinstance(methods, Mapping | Sequence):
         raise TypeError(f"methods must be a list or a dict of methods, got {methods!r}; put it in a list")
     pairs = list(methods.items()) if isinstance(methods, Mapping) else [(getattr(m, "name", ""), m) for m in methods]
     if not pairs:
@@ -130,8 +136,14 @@ def _named(methods: Any) -> dict[str, Method]:
         check_call(method, None, None)
         if name in named:
             raise ValueError(f"methods has two called {name!r}; give a dict with a name for each")
-        named[name] = method
+        named[_name("methods", name)] = method
     return named
+
+
+def _name(what: str, name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"names in {what} must be strings, got {name!r}")
+    return name
 
 
 def _task(problem: Any, trials: int | None, steps: int | None, gradient_cost: float) -> _Task:
@@ -153,13 +165,20 @@ def _task(problem: Any, trials: int | None, steps: int | None, gradient_cost: fl
     return _Task(problem, given, "trials", Price(1, gradient_cost))
 
 
-def _check(task: _Task, method: Method, lanes: int | None) -> None:
+def _check(task: _Task, name: str, method: Method, lanes: int | None) -> None:
     if isinstance(task.problem, External):
-        check_call(method, lanes, None)
-        if method.slots or method.uses_gradients:
-            raise TypeError(f"problem is external, but '{method.name}' trains in stretches or needs gradients")
+        check_external(method)
+        if lanes is not None:
+            raise ValueError(f"lanes={lanes} is for JAX problems; an external function has its own workers")
     else:
         check(task.part(method), method, lanes=lanes)
+        if method.uses_gradients and not method.slots:
+            check_slope(task.part(method), method)
+    if not method.slots and task.price.one(method) > task.budget:
+        raise ValueError(
+            f"the budget of {task.budget:g} {task.unit} is below what one trial of {name!r} costs, "
+            f"{task.price.one(method):g}; raise trials or steps, or leave out the method"
+        )
 
 
 def _device(task: _Task, method: Method, keys: jax.Array, lanes: int | None, show: Callable[[float], None]) -> Runs:
@@ -170,11 +189,11 @@ def _device(task: _Task, method: Method, keys: jax.Array, lanes: int | None, sho
     for r in range(len(keys)):
         spent = np.cumsum(cost[:, r].sum(-1))
         rounds = min(int(np.searchsorted(spent, task.budget - 1e-9)) + 1, len(spent))
-        trace: Trace = jax.tree.map(lambda x: x[:rounds, r], timed.trace._replace(best_state=None))  # noqa: B023
+        trace: Trace = jax.tree.map(lambda x: x[:rounds, r], timed.trace)  # noqa: B023
         records = recorded(trace, 0)
         refuse_minus_infinity(method.space, records)
         parts.append((records, np.cumsum(cost[:rounds, r][trace.trials.active])))
-        used += _lane_steps(trace, lanes or method.batch)
+        used += _lane_steps(trace, min(lanes or method.batch, method.batch))
     asks = timed.trace.losses.shape[0] * len(keys)
     ran = int((np.where(timed.trace.trials.active, timed.trace.trials.id, -1).max((0, 2)) + 1).sum())
     return Runs(
@@ -186,31 +205,28 @@ def _device(task: _Task, method: Method, keys: jax.Array, lanes: int | None, sho
         trial_seconds=timed.seconds / max(ran, 1),
         seconds=timed.seconds,
         compile_seconds=timed.compile_seconds,
+        errors=({},) * len(keys),
     )
 
 
 def _lane_steps(trace: Trace, lanes: int) -> np.ndarray:
-    """i64[2]: steps of all trials together, and of all lanes that there was time for."""
+    """f64[2]: steps of all trials together, and of all lanes that there was time for."""
     active, steps = trace.trials.active, np.maximum(trace.trials.steps, 1)
     length = np.where(active, steps, 0)
     width = np.ceil(active.sum(-1) / lanes) * lanes
     return np.array([length.sum(), (width * length.max(-1)).sum()])
 
 
-def _nothing(key: jax.Array, hparams: PyTree) -> jax.Array:
-    del key, hparams
-    return jnp.zeros(())
-
-
 def _external(task: _Task, method: Method, keys: jax.Array, lanes: int | None, show: Callable[[float], None]) -> Runs:
-    found, errors, seconds = [], dict[int, str](), 0.0
+    del lanes
+    found, errors, seconds = [], [], 0.0
     for r, key in enumerate(keys):
         try:
             result = minimize(task.problem, method, key=key, trials=int(task.budget), progress=False)
         except AllTrialsFailed as error:
             result = error.result
         found.append(result.trials)
-        errors |= result.errors
+        errors.append(result.errors)
         seconds += result.seconds
         show((r + 1) / len(keys))
     rounds = max(int(records.round.max()) + 1 for records in found)
@@ -218,16 +234,15 @@ def _external(task: _Task, method: Method, keys: jax.Array, lanes: int | None, s
     for r, records in enumerate(found):
         place = np.arange(len(records.round)) - np.searchsorted(records.round, records.round)
         losses[records.round, r, place] = records.loss
-    ask_seconds = rehearse(_nothing, method, keys, task.budget, task.price, losses)
     ran = sum(records.size for records in found)
     return Runs(
         space=method.space,
         trials=tuple(found),
         cost=tuple(np.arange(1.0, len(records.loss) + 1) for records in found),
         lanes_used=sum(len(records.loss) for records in found) / losses.size,
-        ask_seconds=ask_seconds / (rounds * len(keys)),
+        ask_seconds=ask_seconds(method, keys, losses) / (rounds * len(keys)),
         trial_seconds=seconds / max(ran, 1),
         seconds=seconds,
         compile_seconds=0.0,
-        errors=errors,
+        errors=tuple(errors),
     )

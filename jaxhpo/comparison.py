@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MARKS = 100
 BOOTSTRAPS = 1000
 LEVEL = 0.9
+SHARED = "wall-clock times; the repeats of a method run side by side and share them"
 
 
 class Runs(NamedTuple):
@@ -32,16 +33,17 @@ class Runs(NamedTuple):
     cost: tuple[np.ndarray, ...]
     """f64[n], of each repeat: what it has spent after each evaluation"""
     lanes_used: float
-    """share in [0, 1] of the lanes that had a trial, each weighed by the steps that it ran"""
+    """share in [0, 1] of the lanes that had a trial, each weighed by the steps that it ran; outside JAX, of the rows of
+    asks"""
     ask_seconds: float
-    """of the method itself for each ask of one repeat, telling included"""
+    """of the method itself for each ask of one repeat, telling included; outside JAX, where nothing is pending"""
     trial_seconds: float
-    """of everything for each trial, without compiling"""
+    """of everything for each trial, without compiling; outside JAX with it"""
     seconds: float
-    """in all, without compiling"""
+    """in all, without compiling; outside JAX with it"""
     compile_seconds: float
-    errors: dict[int, str] = {}  # noqa: RUF012
-    """what went wrong outside JAX, by trial, of all repeats"""
+    errors: tuple[dict[int, str], ...]
+    """what went wrong outside JAX, by trial, of each repeat"""
 
 
 class Ranks(NamedTuple):
@@ -50,7 +52,7 @@ class Ranks(NamedTuple):
     mean: np.ndarray
     """f64[methods]"""
     low: np.ndarray
-    """f64[methods], the lower end of the bootstrap interval"""
+    """f64[methods], the lower end of the bootstrap interval; of a single repeat it says nothing"""
     high: np.ndarray
     """f64[methods], its upper end"""
     first: np.ndarray
@@ -142,7 +144,7 @@ class Comparison:
     def _curves(self) -> dict[str, np.ndarray]:
         """f64[methods, repeats, MARKS] of each problem."""
         return {
-            problem: np.stack([_curves(methods[m], self.budget[problem]) for m in self.methods])
+            problem: np.stack([_curves_of(methods[m], self.budget[problem]) for m in self.methods])
             for problem, methods in self.runs.items()
         }
 
@@ -150,39 +152,52 @@ class Comparison:
         """Mean ranks by the lowest loss after a share of the budget.
 
         Args:
-          share: of the budget, in (0, 1].
+          share: of the budget, in [0.01, 1].
           problem: its name; the mean over all of them if not given.
         """
-        mark = max(math.ceil(real("share", share, 0.0, 1.0) * MARKS - 1e-9), 1) - 1
+        return ranks(self._after(share, problem))
+
+    def _after(self, share: float = 1.0, problem: str | None = None) -> np.ndarray:
+        """f64[problems, methods, repeats]: the lowest losses after a share of the budget."""
+        mark = max(math.ceil(real("share", share, 1 / MARKS, 1.0) * MARKS - 1e-9), 1) - 1
         problems = self.problems if problem is None else (self._problem(problem),)
-        return ranks(np.stack([self._curves[name][:, :, mark] for name in problems]))
+        return np.stack([self._curves[name][:, :, mark] for name in problems])
 
     def best(self, problem: str | None = None) -> tuple[str, Any, float]:
-        """The method, the hyperparameters (native Python values) and the loss of the best trial of all repeats.
+        """The method, the hyperparameters (native Python values) and the loss of the best trial within the budget.
 
         Raises:
           ValueError: no trial had a finite loss.
         """
         problem = self._problem(problem)
-        found = [
-            (float(records.loss[row]), name, runs.space.native(records.hparams, int(row)))
-            for name, runs in self.runs[problem].items()
-            for records in runs.trials
-            for row in records.best(1)
-        ]
+        found = []
+        for name, runs in self.runs[problem].items():
+            for records, cost in zip(runs.trials, runs.cost, strict=True):
+                losses = np.where(records.counts & _affordable(cost, self.budget[problem]), records.loss, np.inf)
+                row = int(np.argmin(losses)) if len(losses) else 0
+                found += [(float(losses[row]), name, runs.space, records, row)] if np.isfinite(losses).any() else []
         if not found:
-            raise ValueError(f"no trial of any method on {problem!r} had a finite loss")
-        loss, name, hparams = min(found, key=lambda item: item[0])
-        return name, hparams, loss
+            raise ValueError(f"no trial of any method on {problem!r} had a finite loss within the budget")
+        loss, name, space, records, row = min(found, key=lambda item: item[0])
+        return name, space.native(records.hparams, row), loss
 
     def _problem(self, name: str | None) -> str:
         if name is None and len(self.runs) > 1:
             raise ValueError(f"problem must be one of {list(self.problems)}, got None")
         return self.problems[0] if name is None else one_of("problem", name, self.problems)
 
-    def order(self) -> list[str]:
-        """The methods by mean rank, best first."""
-        return [self.methods[i] for i in np.argsort(self.ranks().mean, kind="stable")]
+    def order(self, problem: str | None = None) -> list[str]:
+        """The methods by mean rank at the end of the budget, best first; on one problem, if it is given."""
+        return [self.methods[i] for i in np.argsort(_mean_ranks(self._after(problem=problem)), kind="stable")]
+
+    def spent(self, method: str) -> float:
+        """The share of the budget that a method spent before it ended by itself, 1 if it did not: the mean of all."""
+        shares = [
+            min(float(cost[-1]) / self.budget[problem], 1.0) if len(cost) else 0.0
+            for problem in self.problems
+            for cost in self.runs[problem][method].cost
+        ]
+        return float(np.mean(shares))
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of `table` as text."""
@@ -190,24 +205,28 @@ class Comparison:
         header = ["method", "mean rank", f"{LEVEL:.0%} interval"]
         for problem in self.problems:
             of = f" of {problem}" if len(self.problems) > 1 else ""
-            header += [f"best so far{of}", "quartiles"]
+            header += [f"best loss{of}", "quartiles"]
         body = []
         for name in self.order():
             i = self.methods.index(name)
-            row = [name, f"{found.mean[i]:.2f}", f"{found.low[i]:.1f} to {found.high[i]:.1f}"]
+            interval = f"{found.low[i]:.1f}–{found.high[i]:.1f}" if self.repeats > 1 else "–"
+            row = [name, f"{found.mean[i]:.2f}", interval]
             for problem in self.problems:
                 last = self._curves[problem][i, :, -1]
-                low, median, high = (_loss(q) for q in _quantiles(last[:, None], (0.25, 0.5, 0.75))[:, 0])
-                row += [median, f"{low} to {high}"]
-            body.append([*row, f"{self._mean('lanes_used', name):.0%}"])
-        return [*header, "lanes"], body
+                # Between a number and +inf there is no middle, so the upper one counts.
+                low, median, high = np.quantile(last, (0.25, 0.5, 0.75), method="higher")
+                begun = any(_affordable(cost, self.budget[problem]).any() for cost in self.runs[problem][name].cost)
+                row += [_loss(median, begun), f"{_loss(low, begun)}–{_loss(high, begun)}"]
+            body.append([*row, f"{self.spent(name):.0%}", f"{self._mean('lanes_used', name):.0%}"])
+        return [*header, "spent", "lanes"], body
 
     def table(self) -> TextTable:
         """Methods by mean rank, best first: a function of the key alone, without a time.
 
         Returns:
           A `rich` table: mean rank and its interval, median and quartiles of the lowest loss at the end of the budget
-          for each problem, and the share of lanes used.
+          for each problem ("failed" where trials were and none had a finite loss, "none" where the budget did not
+          reach for one), the share of the budget that was spent, and that of the lanes used.
         """
         return _table(*self.rows(), self.note())
 
@@ -215,7 +234,7 @@ class Comparison:
         """What was equal for all: budgets and repeats."""
         budgets = {f"{self.budget[name]:,.0f} {self.unit[name]}" for name in self.problems}
         spent = next(iter(budgets)) if len(budgets) == 1 else "as many training steps or trials"
-        return f"{spent} for each of {self.repeats} repeats of each method; lower losses are better"
+        return f"up to {spent} for each of {self.repeats} repeats of each method; lower losses are better"
 
     def time_rows(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of `times` as text."""
@@ -239,7 +258,7 @@ class Comparison:
           A `rich` table: milliseconds of the method itself for an ask and of everything for a trial, where the repeats
           of a method run side by side and share the time; seconds in all to compile and to run.
         """
-        return _table(*self.time_rows(), "wall-clock times; the repeats of a method run side by side and share them")
+        return _table(*self.time_rows(), SHARED)
 
     def _mean(self, field: str, method: str) -> float:
         return float(np.mean([getattr(runs[method], field) for runs in self.runs.values()]))
@@ -295,15 +314,34 @@ class Comparison:
         return comparison_report(self, path, title=title, facts=facts)
 
 
-def _curves(runs: Runs, budget: float) -> np.ndarray:
+def _curves_of(runs: Runs, budget: float) -> np.ndarray:
     """f64[repeats, MARKS]: the lowest loss up to each mark of the budget."""
     marks = budget * np.arange(1, MARKS + 1) / MARKS
     curves = []
     for records, cost in zip(runs.trials, runs.cost, strict=True):
         losses = np.where(records.counts, records.loss.astype(float), np.inf)
         best = np.concatenate([[np.inf], np.minimum.accumulate(losses)])
-        curves.append(best[np.searchsorted(cost, marks * (1 + 1e-12), side="right")])
+        curves.append(best[[np.count_nonzero(_affordable(cost, mark)) for mark in marks]])
     return np.stack(curves)
+
+
+def _affordable(cost: np.ndarray, budget: float) -> np.ndarray:
+    """bool[n]: which evaluations a budget reached for."""
+    return cost <= budget * (1 + 1e-12)
+
+
+def _beaten(losses: np.ndarray) -> np.ndarray:
+    """f64[methods, repeats, methods, repeats]: 1 where the second loss is lower, 1/2 where they are equal.
+
+    A method is not compared with its own repeats.
+    """
+    mine, others = losses[:, :, None, None], losses[None, None]
+    return ((others < mine) + 0.5 * (others == mine)) * (1 - np.eye(len(losses)))[:, None, :, None]
+
+
+def _mean_ranks(best: np.ndarray) -> np.ndarray:
+    """f64[methods], of losses f64[problems, methods, repeats]."""
+    return np.mean([1 + _beaten(losses).mean((1, 3)).sum(1) for losses in best], axis=0)
 
 
 def ranks(best: np.ndarray) -> Ranks:
@@ -313,36 +351,27 @@ def ranks(best: np.ndarray) -> Ranks:
       best: f64[problems, methods, repeats], losses.
     """
     problems, methods, repeats = best.shape
-    rng, means, drawn = np.random.default_rng(0), np.zeros(methods), np.zeros((BOOTSTRAPS, methods))
+    rng, drawn = np.random.default_rng(0), np.zeros((BOOTSTRAPS, methods))
     for losses in best:
-        mine, others = losses[:, None, :, None], losses[None, :, None, :]
-        # A method is not ranked among its own repeats.
-        beaten = ((others < mine) + 0.5 * (others == mine)) * (1 - np.eye(methods))[:, :, None, None]
-        table = beaten.transpose(0, 2, 1, 3).reshape(methods * repeats, methods * repeats)
-        picks = rng.integers(0, repeats, (BOOTSTRAPS, methods, repeats))
-        weight = (picks[..., None] == np.arange(repeats)).mean(2).reshape(BOOTSTRAPS, -1)
-        against = weight @ table.T
-        drawn += 1 + (weight * against).reshape(BOOTSTRAPS, methods, repeats).sum(-1)
-        means += 1 + beaten.sum((1, 3)).mean(1) / repeats
-    drawn, means = drawn / problems, means / problems
+        table = _beaten(losses).reshape(methods * repeats, methods * repeats)
+        weight = rng.multinomial(repeats, np.full(repeats, 1 / repeats), (BOOTSTRAPS, methods)) / repeats
+        weight = weight.reshape(BOOTSTRAPS, -1)
+        drawn += (1 + (weight * (weight @ table.T)).reshape(BOOTSTRAPS, methods, repeats).sum(-1)) / problems
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    lowest = drawn == drawn.min(1, keepdims=True)
-    return Ranks(means, low, high, (lowest / lowest.sum(1, keepdims=True)).mean(0))
+    lowest = np.isclose(drawn, drawn.min(1, keepdims=True))
+    return Ranks(_mean_ranks(best), low, high, (lowest / lowest.sum(1, keepdims=True)).mean(0))
 
 
-def _quantiles(values: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
-    """f64[shares, ...] of the first axis; between a number and +inf there is no middle, so the upper one counts."""
-    return np.quantile(values, shares, axis=0, method="higher")
-
-
-def _loss(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "failed"
+def _loss(value: float, begun: bool) -> str:
+    if math.isfinite(value):
+        return f"{value:.3g}"
+    return "failed" if begun else "none"
 
 
 def _table(header: list[str], body: list[list[str]], note: str) -> TextTable:
     table = TextTable(note)
     for i, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
+        table.add_column(Text(name), justify="right" if i else "left")
     for i, row in enumerate(body):
         table.add_row(*(Text(cell) for cell in row), style="bold green" if i == 0 else None)
     return table

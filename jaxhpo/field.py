@@ -67,7 +67,7 @@ def field(
       progress: as in `compare`.
     """
     space = Space(SPACE)
-    built = {name: METHODS[one_of("methods", name, METHODS)](space, trials) for name in methods}
+    built = {name: METHODS[name](space, trials) for name in methods}
     problem = unroll(trainable(data), steps=STEPS)
     return compare(problem, built, key=key, trials=trials, repeats=repeats, progress=progress)
 
@@ -83,6 +83,7 @@ def show_field(
 ) -> Comparison:
     """Runs the comparison, prints its tables and writes its page; arguments as in `field`."""
     trials, repeats = whole("trials", trials, 1), whole("repeats", repeats, 1)
+    methods = [one_of("methods", name, METHODS) for name in dict.fromkeys(methods)]
     console, begun = Console(), time.perf_counter()
     data = digits(seed)
     console.print(

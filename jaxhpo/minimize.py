@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxhpo.checks import one_key, whole
+from jaxhpo.checks import concrete_key, whole
 from jaxhpo.engine.budget import Budget, Tally, ends, read_budget
 from jaxhpo.engine.checkpoint import Directory, describe
 from jaxhpo.engine.device import Device
@@ -114,7 +114,7 @@ def minimize(
       (0, 256)
     """
     started = time.perf_counter()
-    key, repeats = _typed(key), whole("repeats", repeats, 1)
+    key, repeats = concrete_key(key, "minimize"), whole("repeats", repeats, 1)
     if isinstance(problem, External):
         check_call(method, lanes, mesh)
         if isinstance(processes_of(mesh), Together):
@@ -154,12 +154,6 @@ def minimize(
         driver.close()
     _warn_of_gradients(result.trials, functools.partial(_culprit, problem, method, key, result.trials))
     return result
-
-
-def _typed(key: jax.Array) -> jax.Array:
-    if isinstance(key, jax.core.Tracer):
-        raise TypeError("minimize runs on the host, not under a transformation; inside jit or vmap use hpo.study")
-    return one_key(key)
 
 
 class _Shell:

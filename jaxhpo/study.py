@@ -193,6 +193,15 @@ def first_state(method: Method, key: jax.Array, settings: PyTree, capacity: int,
     return state
 
 
+def trace_of(method: Method, trials: Trials, told: Told) -> Trace:
+    """What a round has seen, arrays [batch, ...]."""
+    trace = Trace(trials._replace(aux=()), told.reached, told.losses, told.parent)
+    if not method.uses_gradients:
+        return trace
+    lengths = norms(method.space, trials.unit, told.gradients)
+    return trace._replace(gradient_norms=lengths, soft=method.space.soft(trials.hparams))
+
+
 def make_engine(
     problem: Callable | Trainable,
     method: Method,
@@ -212,13 +221,8 @@ def make_engine(
             trials = begin_with(initial, trials)
         told: Told
         bank, incumbent, told = runner.run(carry.bank, carry.incumbent, trial_keys(key, trials), trials)
-        trace = Trace(trials._replace(aux=()), told.reached, told.losses, told.parent)
-        if not method.uses_gradients:
-            return Carry(method.tell(state, trials, told.losses), bank, incumbent), trace
-        trace = trace._replace(
-            gradient_norms=norms(method.space, trials.unit, told.gradients), soft=method.space.soft(trials.hparams)
-        )
-        return Carry(method.tell(state, trials, told.losses, told.gradients), bank, incumbent), trace
+        state = method.tell(state, trials, told.losses, told.gradients)
+        return Carry(state, bank, incumbent), trace_of(method, trials, told)
 
     return Engine(start, round_, runner.restore)
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,84 @@ def test_the_same_key_gives_the_same_table_and_another_one_another():
         str(hpo.compare(PROBLEM, methods, key=k, trials=10, repeats=3).table()) for k in (KEY, KEY, jax.random.key(1))
     ]
     assert tables[0] == tables[1] != tables[2]
-    assert "90 training steps for each of 3 repeats" in tables[0]
+    assert "up to 90 training steps for each of 3 repeats" in tables[0]
+
+
+def test_asks_that_are_not_full_do_not_end_a_study_early():
+    method = hpo.gradient(SPHERE, optax.adam(0.1), starts=6, halving=1)
+    comparison = hpo.compare(sphere, [method], key=KEY, trials=96, repeats=2)
+    alone = hpo.minimize(sphere, method, key=jax.random.fold_in(KEY, 1), trials=24)
+    records = comparison.runs["problem"]["gradient"].trials[1]
+    assert len(records.loss) == len(alone.trials.loss) and comparison.spent("gradient") == 1
+    np.testing.assert_allclose(records.loss, alone.trials.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_rooms_grow_with_an_open_ended_study(monkeypatch):
+    monkeypatch.setattr("jaxhpo.engine.repeats.OPEN_ROWS", 8)
+    method = hpo.bohb(MIXED, max_steps=STEPS, enough=3, batch=4)
+    comparison = hpo.compare(PROBLEM, [method], key=KEY, steps=400, repeats=2)
+    alone = hpo.minimize(PROBLEM.trainable, method, key=jax.random.fold_in(KEY, 1), steps=400)
+    records = comparison.runs["problem"]["bohb"].trials[1]
+    assert len(records.loss) > 64
+    np.testing.assert_array_equal(records.id, alone.trials.id)
+    np.testing.assert_allclose(records.unit, alone.trials.unit, atol=1e-6)
+
+
+def test_studies_whose_asks_differ_in_length_train_side_by_side():
+    """Steps are equal within an ask of one study, not over studies."""
+    plain = hpo.pbt(MIXED, population=5, every=3)
+
+    def ask(key, state, pending=None):
+        trials, state = plain.ask(key, state)
+        return trials._replace(steps=jnp.where(trials.unit.mean() > 0.5, 4, 1) + 0 * trials.steps), state
+
+    method = plain._replace(ask=ask)
+    comparison = hpo.compare(PROBLEM, [method], key=KEY, steps=BUDGET, repeats=3)
+    runs = comparison.runs["problem"]["pbt"]
+    assert len({tuple(x.steps[:20].tolist()) for x in runs.trials}) > 1
+    for r, records in enumerate(runs.trials):
+        alone = hpo.minimize(PROBLEM.trainable, method, key=jax.random.fold_in(KEY, r), steps=BUDGET)
+        np.testing.assert_array_equal(records.steps, alone.trials.steps)
+        np.testing.assert_allclose(records.loss, alone.trials.loss, rtol=1e-6)
+
+
+def test_losses_at_soft_weights_are_never_the_best():
+    space = {"act": hpo.Categorical(("a", "b", "c"), relaxed=True), "x": hpo.Float(0.0, 1.0)}
+    objective = lambda key, h: h["x"] ** 2 - jnp.sum(h["act"] * jnp.log(h["act"] + 1e-3))  # noqa: E731
+    method = hpo.darts(space, max_steps=6, every=2, searches=2, guard=None)
+    training = hpo.Trainable(lambda key, h: h["x"], lambda key, s, h: s, lambda s, h: -objective(None, h))
+    comparison = hpo.compare(training, [method], key=KEY, steps=24, repeats=2, gradient_cost=1)
+    alone = hpo.minimize(training, method, key=jax.random.fold_in(KEY, 0), steps=24)
+    records = comparison.runs["problem"]["darts"].trials[0]
+    assert records.soft.any() and not records.soft.all()
+    assert records.loss[records.soft].min() < alone.best_loss
+    assert comparison.best_so_far("darts")[1][0, -1] == pytest.approx(alone.best_loss, rel=1e-5)
+
+
+def test_what_is_beyond_the_budget_does_not_count():
+    methods = {"wide": hpo.random(SPHERE, batch=64), "grid": hpo.grid(SPHERE, points=2, batch=4)}
+    comparison = hpo.compare(sphere, methods, key=KEY, trials=8, repeats=3)
+    assert all(len(x.loss) == 64 for x in comparison.runs["problem"]["wide"].trials)
+    curves = [comparison.best_so_far(name)[1] for name in methods]
+    assert comparison.best()[2] == pytest.approx(min(curve.min() for curve in curves))
+    assert min(x.loss.min() for x in comparison.runs["problem"]["wide"].trials) < curves[0].min()
+    assert (comparison.spent("wide"), comparison.spent("grid")) == (1, 0.5)
+    assert {row[0]: row[-2] for row in comparison.rows()[1]} == {"wide": "100%", "grid": "50%"}
+    # The first stretch of training is longer than the budget.
+    none = hpo.compare(TRAINABLE, [hpo.pbt(MIXED, population=5, every=5)], key=KEY, steps=2, repeats=2)
+    assert none.rows()[1][0][3] == "none"
+    with pytest.raises(ValueError, match="no trial of any method on 'problem' had a finite loss within the budget"):
+        none.best()
+
+
+def test_times_are_those_of_the_clock():
+    begun = time.perf_counter()
+    method = hpo.coordinate_descent(SPHERE, batch=7)
+    runs = hpo.compare(sphere, [method], key=KEY, trials=70, repeats=3).runs["problem"]["coordinate_descent"]
+    passed = time.perf_counter() - begun
+    assert runs.seconds + 30 * runs.ask_seconds > 0 and runs.seconds + runs.compile_seconds <= passed
+    assert runs.trial_seconds == pytest.approx(runs.seconds / 210) and runs.compile_seconds > runs.seconds > 0
+    assert 30 * runs.ask_seconds < passed
 
 
 def test_fewer_lanes_give_the_same_result():
@@ -126,6 +204,8 @@ def test_fewer_lanes_give_the_same_result():
             np.testing.assert_array_equal(mine.loss, other.loss)
         # Two chunks of three lanes for four trials.
         assert runs.lanes_used == pytest.approx(4 / 6) and trained().runs["problem"][name].lanes_used == 1.0
+    more = hpo.compare(sphere, [hpo.random(SPHERE, batch=4)], key=KEY, trials=8, repeats=2, lanes=100)
+    assert more.runs["problem"]["random"].lanes_used == 1.0
 
 
 def test_what_was_recorded_can_be_told_without_a_trial():
@@ -197,7 +277,7 @@ def test_tables_say_what_was_measured():
     assert float(body[0][1]) == pytest.approx(spheres().ranks().mean[1], abs=5e-3)
     last = np.sort(spheres().best_so_far("coordinate_descent", "sphere")[1][:, -1])
     # Of four values the upper one of the two in the middle, and no mean of a number and infinity.
-    assert body[0][3] == f"{last[2]:.3g}" and body[0][4] == f"{last[1]:.3g} to {last[3]:.3g}"
+    assert body[0][3] == f"{last[2]:.3g}" and body[0][4] == f"{last[1]:.3g}–{last[3]:.3g}"
     _, times = spheres().time_rows()
     assert [row[0] for row in times] == ["coordinate_descent", "random"]
     assert all(float(ask) > 0 and float(trial) > 0 for _, ask, trial, *_ in times)
@@ -240,13 +320,16 @@ def test_external_problems_run_in_their_pool():
         np.testing.assert_array_equal(records.loss, alone.trials.loss)
     runs = comparison.runs["problem"]
     assert len(runs["grid"].trials[0].loss) == 16 and np.isnan(runs["grid"].trials[0].loss).sum() == 4
-    assert set(runs["grid"].errors.values()) == {"ValueError: too far"}
+    assert [set(errors.values()) for errors in runs["grid"].errors] == [{"ValueError: too far"}] * 2
+    assert sum(len(errors) for errors in runs["grid"].errors) == 8
     assert runs["random"].lanes_used == 1.0 and runs["random"].ask_seconds > 0
     with pytest.raises(TypeError, match="external, but 'gradient'"):
         hpo.compare(external, [hpo.gradient(SPHERE, optax.adam(0.1))], key=KEY, trials=8)
+    with pytest.raises(ValueError, match="lanes=2 is for JAX problems"):
+        hpo.compare(external, methods, key=KEY, trials=8, lanes=2)
 
 
-def test_a_method_whose_trials_all_fail_is_last_and_said_to_have_failed():
+def test_a_method_whose_trials_all_fail_is_last_and_said_to_have_failed(tmp_path):
     methods = {
         "fails": hpo.random(SPHERE, batch=4),
         "grid": hpo.grid({"x": 1.0, "y": hpo.Float(0.0, 1.0)}, points=4, batch=4),
@@ -254,13 +337,18 @@ def test_a_method_whose_trials_all_fail_is_last_and_said_to_have_failed():
     comparison = hpo.compare(
         lambda key, h: jnp.where(h["x"] == 1, h["y"], jnp.nan), methods, key=KEY, trials=8, repeats=2
     )
-    assert comparison.order() == ["grid", "fails"] and comparison.rows()[1][1][3] == "failed"
-    assert comparison.best()[0] == "grid" and comparison.plot("best_so_far").axes
+    assert comparison.order() == ["grid", "fails"] and comparison.rows()[1][1][3:5] == ["failed", "failed–failed"]
+    assert comparison.best()[0] == "grid" and len(comparison.plot("best_so_far").axes[0].lines) == 2
+    never = {"never": lambda key, h: h["x"] * jnp.nan}
+    both = comparison | hpo.compare(never, methods, key=KEY, trials=8, repeats=2)
+    page = both.report(tmp_path / "page.html")
+    # There is nothing to draw of the second problem.
+    assert page.read_text().count("<svg") == 3 and page.read_text().count("failed–failed") == 3
 
 
 BAD = {
     "repeats must be at least 1, got 0": {"repeats": 0},
-    "gradient_cost must be in [1, inf], got 0.5": {"gradient_cost": 0.5},
+    "gradient_cost must be in [1, 100], got 0.5": {"gradient_cost": 0.5},
     "give one of trials and steps, got trials=None and steps=None": {"trials": None},
     "give one of trials and steps, got trials=8 and steps=8": {"steps": 8},
     "trials must be at least 1, got 0": {"trials": 0},
@@ -275,6 +363,14 @@ BAD = {
     "hpo.unroll": {"problem": TRAINABLE, "trials": None, "steps": 8},
     "lanes must be at least 1": {"lanes": 0},
     "key must be": {"key": 0},
+    "got 'random'": {"methods": "random"},
+    "names in methods must be strings, got 1": {"methods": {1: hpo.random(SPHERE)}},
+    "names in problem must be strings, got 2": {"problem": {2: sphere}},
+    "gradient_cost must be in [1, 100], got inf": {"gradient_cost": np.inf},
+    "the budget of 3 trials is below what one trial of 'slope' costs, 4": {
+        "methods": {"slope": hpo.gradient(SPHERE, optax.adam(0.1))},
+        "trials": 3,
+    },
 }
 
 
@@ -286,8 +382,31 @@ def test_what_is_wrong_is_said_before_anything_runs(message):
 
 
 def test_minus_infinity_is_refused():
-    with pytest.raises(ValueError, match="the loss of trial 0 is -inf"):
-        hpo.compare(lambda key, h: h["x"] * 0 - jnp.inf, [hpo.random(SPHERE)], key=KEY, trials=4, repeats=2)
+    with pytest.raises(ValueError, match="the loss of trial 0 is -inf") as error:
+        hpo.compare(lambda key, h: h["x"] * 0 - jnp.inf, {"mine": hpo.random(SPHERE)}, key=KEY, trials=4, repeats=2)
+    assert error.value.__notes__ == ["This came up in 'mine' on 'problem'."]
+
+
+def test_a_call_under_jit_is_refused_and_spoils_nothing():
+    methods = [hpo.random(SPHERE, batch=3)]
+    with pytest.raises(TypeError, match="compare runs on the host"):
+        jax.jit(lambda key: hpo.compare(sphere, methods, key=key, trials=3).best()[2])(KEY)
+    assert hpo.compare(sphere, methods, key=KEY, trials=3, repeats=1).rows()[1][0][2] == "–"
+    other = hpo.compare(sphere, methods, key=jax.random.key(0, impl="rbg"), trials=3, repeats=2)
+    assert np.isfinite(other.best()[2])
+
+
+def test_an_objective_without_a_derivative_is_found_before_anything_runs():
+    def halved(key, h):
+        return jax.lax.while_loop(lambda x: x > 1, lambda x: x / 2, h["x"] ** 2 + h["y"] ** 2)
+
+    def runs(*args):
+        raise AssertionError("ran")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="Reverse-mode differentiation"):
+        patch.setitem(hpo.compare.__globals__, "_device", runs)
+        methods = [hpo.random(SPHERE), hpo.gradient(SPHERE, optax.adam(0.1), starts=2)]
+        hpo.compare({"a": sphere, "b": halved}, methods, key=KEY, trials=16)
 
 
 def test_the_command_compares_methods_of_the_field(tmp_path, capsys):
@@ -297,9 +416,9 @@ def test_the_command_compares_methods_of_the_field(tmp_path, capsys):
     assert "324 training steps for each of 2 repeats" in shown and "ms per ask" in shown
     page = path.read_text()
     assert page.count("<svg") == 3 and "http://" not in page and "https://" not in page and "<script" not in page
-    rows = re.findall(r"^ (random|hyperband) +([\d.]+) +([\d.]+) to ([\d.]+) +([\d.]+)", shown, re.M)
+    rows = re.findall(r"^ (random|hyperband) +([\d.]+) +[\d.]+–[\d.]+ +([\d.]+)", shown, re.M)
     assert {row[0] for row in rows} == {"random", "hyperband"}
-    for name, rank, *_, median in rows:
+    for name, rank, median in rows:
         assert f"<td>{name}</td><td" in page and f">{rank}<" in page and f">{median}<" in page
         assert 0 < float(median) < 2.3, "better than a guess"
     with pytest.raises(ValueError, match="methods must be one of"):

@@ -73,6 +73,18 @@ def external(fn: Callable, workers: int = 1, pool: Literal["process", "thread"] 
     return External(fn, whole("workers", workers, 1), pool)
 
 
+def check_external(method: Method) -> None:
+    """Sees that a method can search a problem that is not JAX.
+
+    Raises:
+      TypeError: it cannot.
+    """
+    if method.slots or method.uses_gradients:
+        raise TypeError(
+            f"problem is external, but '{method.name}' trains in stretches or needs gradients; use hpo.random"
+        )
+
+
 class Outcome(NamedTuple):
     """What came of one evaluation."""
 
@@ -203,10 +215,7 @@ class Host:
         initial: Initial | None,
         journal: Path | None,
     ):
-        if method.slots or method.uses_gradients:
-            raise TypeError(
-                f"problem is external, but '{method.name}' trains in stretches or needs gradients; use hpo.random"
-            )
+        check_external(method)
         self.method, self.key, self.budget, self.initial = method, key, budget, initial
         self.workers, self.journal = _Workers(problem), Journal(journal)
         self.ahead = 0 if problem.workers == 1 else math.ceil(2 * problem.workers / method.batch)

@@ -1,5 +1,6 @@
 """What can be wrong with a problem, told before anything is compiled."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxhpo.checks import whole
+from jaxhpo.engine.lanes import value_and_gradient
 from jaxhpo.method import Method, example
-from jaxhpo.trainable import Trainable
+from jaxhpo.trainable import Trainable, unjitted
 
 PyTree = Any
 
@@ -102,6 +104,17 @@ def _check_objective(objective: Callable, method: Method) -> None:
     call = lambda k, h: objective(k, method.space.fill(h))  # noqa: E731
     loss = _traced("the objective as objective(key, hparams)", call, hparams, key)
     _check_loss("the objective", loss)
+
+
+def check_slope(objective: Callable, method: Method) -> None:
+    """Sees that an objective can be differentiated, by abstract evaluation.
+
+    Raises:
+      Exception: what JAX raises where it cannot, with a note of what was traced.
+    """
+    key, hparams = example(method)
+    slope = functools.partial(value_and_gradient, method.space, unjitted(objective))
+    _traced("the gradient of the objective", slope, hparams, key)
 
 
 def _check_trainable(trainable: Trainable, method: Method) -> None:

@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxhpo.chain import norms
 from jaxhpo.engine.budget import OPEN_GROWTH, OPEN_ROWS, Budget, capacity
 from jaxhpo.engine.device import Plan
 from jaxhpo.engine.lanes import Bank, Incumbent, Told, make_lanes
 from jaxhpo.method import Method, Trials, ask_key, axes, trial_keys
 from jaxhpo.space import working_dtype
-from jaxhpo.study import Trace, first_state
+from jaxhpo.study import Trace, first_state, trace_of
 from jaxhpo.trainable import Trainable, hoist, unjitted
 
 PyTree = Any
+# Traces of all studies come to the host at once, so a chunk has fewer rounds than one of a single study.
 MOST_ROUNDS = 64
 CHUNK_SECONDS = 1.0
 
@@ -49,25 +49,26 @@ class Price(NamedTuple):
     """how many times as much a step, or a trial, costs with its derivative"""
 
     def of(self, method: Method, trials: Trials) -> np.ndarray:
-        """The cost of each row, 0 where it is padding: f64, shaped like `trials.steps`."""
+        """The cost of each row, 0 where it is padding: f64[...], shaped like `trials.steps`."""
         steps = np.asarray(trials.steps, float)
         if method.slots:
             through = np.minimum(steps, method.lookback) if method.uses_gradients else 0
             return np.where(trials.active, steps + (self.gradient - 1) * through, 0.0)
-        return np.where(trials.active, self._one(method), 0.0)
+        return np.where(trials.active, self.one(method), 0.0)
 
-    def _one(self, method: Method) -> float:
+    def one(self, method: Method) -> float:
+        """The cost of a trial whose rows carry no steps."""
         return self.whole * (self.gradient if method.uses_gradients else 1.0)
 
     def trials(self, method: Method, budget: float) -> float:
         """How many trials end a study of that budget; no number where they carry steps of their own."""
         if method.slots:
             return math.inf
-        return math.ceil(budget / self._one(method) - 1e-9)
+        return math.ceil(budget / self.one(method) - 1e-9)
 
 
 class _Carry(NamedTuple):
-    """All studies between two rounds."""
+    """What all studies know between two rounds."""
 
     states: PyTree
     """of the method, with a leading axis of repeats except at counts"""
@@ -83,8 +84,6 @@ class _Programs(NamedTuple):
     """(carry, keys, first, rounds, told, losses) -> (carry, traces [most, repeats, batch, ...]); donates the carry"""
     reserve: Callable
     """(carry, capacity) -> carry with room for so many rows"""
-    seconds: float
-    """it took to trace and compile"""
 
 
 def _round(problem: Any, method: Method, repeats: int, lanes: int | None, along: PyTree) -> tuple[Callable, Callable]:
@@ -117,24 +116,18 @@ def _round(problem: Any, method: Method, repeats: int, lanes: int | None, along:
 
         bank, incumbent, outcome = jax.lax.cond(told, rehearse, run)
         outcome = apart(outcome)
-        gradients = outcome.gradients if method.uses_gradients else None
-        states = tell(states, trials, outcome.losses, gradients)
-        trace = Trace(trials._replace(aux=()), outcome.reached, outcome.losses, outcome.parent)
-        if method.uses_gradients:
-            soft = jax.vmap(method.space.soft)
-            measured = jax.vmap(functools.partial(norms, method.space))(trials.unit, gradients)
-            trace = trace._replace(gradient_norms=measured, soft=soft(trials.hparams))
+        states = tell(states, trials, outcome.losses, outcome.gradients)
+        trace = jax.vmap(functools.partial(trace_of, method))(trials, outcome)
         return _Carry(states, bank, incumbent), trace
 
     return runner.init, round_
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(plan: Plan, repeats: int, most: int, room: int) -> _Programs:
-    begun = time.perf_counter()
+def _programs(plan: Plan, repeats: int, impl: str, most: int, room: int) -> _Programs:
     problem, method, lanes, *_ = plan.parts
     begin = lambda key, settings: first_state(method, key, settings, room, None)  # noqa: E731
-    along = axes(jax.eval_shape(begin, jax.random.key(0), method.settings))
+    along = axes(jax.eval_shape(begin, jax.random.key(0, impl=impl), method.settings))
     empty, round_ = _round(problem, method, repeats, lanes, along)
 
     @jax.jit
@@ -153,7 +146,7 @@ def _programs(plan: Plan, repeats: int, most: int, room: int) -> _Programs:
 
         return jax.lax.fori_loop(0, rounds, body, (carry, traces))
 
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), repeats))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl=impl), repeats))
     carry = jax.eval_shape(start, keys, method.settings)
     losses = np.zeros((most, repeats, method.batch), working_dtype())
     example = keys, np.int32(0), np.int32(1), np.asarray(False), losses
@@ -164,37 +157,47 @@ def _programs(plan: Plan, repeats: int, most: int, room: int) -> _Programs:
         grow = jax.vmap(lambda state: method.reserve(state, capacity), in_axes=(along,), out_axes=along)
         return carry._replace(states=jax.jit(grow)(carry.states))
 
-    return _Programs(start, functools.partial(run, data), reserve, time.perf_counter() - begun)
+    return _Programs(start, functools.partial(run, data), reserve)
 
 
 class _Runner:
-    """All studies between two rounds."""
+    """Many studies, driven together."""
 
     def __init__(
         self, problem: Any, method: Method, keys: jax.Array, budget: float, price: Price, lanes: int | None = None
     ):
         self.plan, self.method, self.keys = Plan(problem, method, lanes, None, None), method, keys
-        rounds = math.inf if method.rounds is None else method.rounds
-        rows = capacity(method, Budget(trials=price.trials(method, budget), rounds=rounds), None)
-        self.open = rows is None
+        self.impl = str(jax.random.key_impl(keys))
+        self.limit = math.inf if method.rounds is None else method.rounds
+        rows = capacity(method, Budget(trials=price.trials(method, budget), rounds=self.limit), None)
         # No study has more rounds than steps.
-        self.room = min(OPEN_ROWS, math.ceil(budget) * method.batch) if rows is None else rows
-        self.limit = min(rounds, math.inf if rows is None else rows // method.batch)
-        self.most = min(MOST_ROUNDS, max(self.room // method.batch, 1))
-        self.round, self.seconds, self.compile_seconds = 0, 0.0, 0.0
-        self.carry = self._programs().start(keys, method.settings)
+        self.room = min(OPEN_ROWS, math.ceil(budget) * method.batch) if rows is None else max(rows, method.batch)
+        asks = min(self.room // method.batch, MOST_ROUNDS)
+        self.most = 1 << (asks - 1).bit_length()
+        self.compile_seconds = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Puts all studies before their first round."""
+        self.carry, self.round, self.seconds = None, 0, 0.0
+        begun = time.perf_counter()
+        self.carry = jax.block_until_ready(self._programs().start(self.keys, self.method.settings))
+        self.compile_seconds += time.perf_counter() - begun
 
     def _programs(self) -> _Programs:
-        before = _programs.cache_info().misses
-        programs = _programs(self.plan, len(self.keys), self.most, self.room)
-        self.compile_seconds += programs.seconds if _programs.cache_info().misses > before else 0.0
-        return programs
+        return _programs(self.plan, len(self.keys), self.impl, self.most, self.room)
+
+    def _grow(self, rows: int) -> None:
+        begun = time.perf_counter()
+        while rows > self.room:
+            self.room *= OPEN_GROWTH
+        self.carry = jax.block_until_ready(self._programs().reserve(self.carry, self.room))
+        self.compile_seconds += time.perf_counter() - begun
 
     def advance(self, rounds: int, losses: np.ndarray | None = None) -> Trace:
         """Runs so many rounds, at most `most`; `losses` are told in the place of running trials, if they are given."""
-        while self.open and (self.round + self.most) * self.method.batch > self.room:
-            self.room *= OPEN_GROWTH
-            self.carry = self._programs().reserve(self.carry, self.room)
+        if (self.round + rounds) * self.method.batch > self.room:
+            self._grow((self.round + rounds) * self.method.batch)
         told = np.zeros((self.most, len(self.keys), self.method.batch), working_dtype())
         if losses is not None:
             told[:rounds] = losses
@@ -205,6 +208,21 @@ class _Runner:
         self.seconds += time.perf_counter() - begun
         self.round += rounds
         return jax.tree.map(lambda x: x[:rounds], jax.device_get(traces))
+
+    def rehearse(self, losses: np.ndarray) -> float:
+        """Asks and tells from the beginning as with these losses, without a trial; gradients are told as 0.
+
+        Args:
+          losses: float[rounds, repeats, batch], what studies have told.
+
+        Returns:
+          Wall-clock seconds, without compiling.
+        """
+        self.begin()
+        for first in range(0, len(losses), self.most):
+            part = losses[first : first + self.most]
+            self.advance(len(part), part)
+        return self.seconds
 
 
 def run_repeats(
@@ -232,7 +250,7 @@ def run_repeats(
     traces: list[Trace] = []
     spent, dearest, pace = np.zeros(len(keys)), 1.0, 1.0
     while runner.round < runner.limit and spent.min() < budget:
-        left = math.ceil((budget - spent.min()) / dearest) if runner.open else math.inf
+        left = math.ceil((budget - spent.min()) / dearest)
         rounds, before = int(max(1, min(runner.most, runner.limit - runner.round, left, pace))), runner.seconds
         traces.append(runner.advance(rounds))
         pace = rounds * min(4.0, CHUNK_SECONDS / max(runner.seconds - before, 1e-6))
@@ -240,30 +258,24 @@ def run_repeats(
         spent, dearest = spent + cost.sum(0), max(dearest, float(cost.max()))
         report(min(float(spent.min()) / budget, 1.0))
     trace = jax.tree.map(lambda *x: np.concatenate(x), *traces)
-    ask_seconds = rehearse(problem, method, keys, budget, price, trace.losses, lanes=lanes)
-    return Timed(trace, runner.seconds, ask_seconds, runner.compile_seconds)
+    seconds, compile_seconds = runner.seconds, runner.compile_seconds
+    return Timed(trace, seconds, runner.rehearse(trace.losses), compile_seconds)
 
 
-def rehearse(
-    problem: Callable | Trainable,
-    method: Method,
-    keys: jax.Array,
-    budget: float,
-    price: Price,
-    losses: np.ndarray,
-    *,
-    lanes: int | None = None,
-) -> float:
-    """Asks and tells as in studies whose losses are known, without a trial; gradients are told as 0.
+def _idle(key: jax.Array, hparams: PyTree) -> jax.Array:
+    del key, hparams
+    return jnp.zeros(())
+
+
+def ask_seconds(method: Method, keys: jax.Array, losses: np.ndarray) -> float:
+    """How long a method takes to ask and tell by itself, in studies that something else ran.
 
     Args:
+      method: of a problem that is not JAX.
+      keys: key[repeats], of each study.
       losses: float[rounds, repeats, batch], what they told.
 
     Returns:
       Wall-clock seconds, without compiling.
     """
-    runner = _Runner(problem, method, keys, budget, price, lanes)
-    for first in range(0, len(losses), runner.most):
-        part = losses[first : first + runner.most]
-        runner.advance(len(part), part)
-    return runner.seconds
+    return _Runner(_idle, method, keys, len(losses) * method.batch, Price(1, 1)).rehearse(losses)

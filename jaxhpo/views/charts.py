@@ -43,8 +43,7 @@ def best_so_far(
     finite = np.concatenate([m[np.isfinite(m)] for m in medians.values()])
     if not len(finite):
         raise ValueError(f"there is nothing to show: no method on {problem!r} has a finite loss in the median")
-    order = np.argsort(comparison.ranks(problem=problem).mean, kind="stable")
-    names = [comparison.methods[i] for i in order]
+    names = comparison.order(problem)
     with style():
         axis = axes(ax, 9.0, 5.0)
         scale = scales.LossScale.of(finite)
@@ -116,8 +115,8 @@ def heat_map(comparison: Comparison, ax: "Axes | None" = None) -> "Figure":
     else:
         columns = [f"{share:.0%}" for share in SHARES]
         values = np.stack([comparison.ranks(share).mean for share in SHARES], axis=1)
-    order = np.argsort(comparison.ranks().mean, kind="stable")
-    values, names = values[order], [comparison.methods[i] for i in order]
+    names = comparison.order()
+    values = values[[comparison.methods.index(name) for name in names]]
     with style():
         from matplotlib.colors import LinearSegmentedColormap
 
@@ -135,6 +134,12 @@ def heat_map(comparison: Comparison, ax: "Axes | None" = None) -> "Figure":
         for spine in axis.spines.values():
             spine.set_visible(False)
         return axis.get_figure()
+
+
+def sensible(comparison: Comparison) -> list[str]:
+    """The problems on which some method had a finite loss in the median."""
+    last = lambda p: [_quantile(comparison.best_so_far(m, p)[1][:, -1:], 0.5) for m in comparison.methods]  # noqa: E731
+    return [problem for problem in comparison.problems if np.isfinite(last(problem)).any()]
 
 
 KINDS: dict[str, Callable[..., "Figure"]] = {"best_so_far": best_so_far, "ranks": rank_curves, "heat_map": heat_map}

@@ -3,7 +3,7 @@
 from html import escape
 from pathlib import Path
 
-from jaxhpo.comparison import Comparison
+from jaxhpo.comparison import SHARED, Comparison
 from jaxhpo.records import columns, show, take
 from jaxhpo.result import Result
 from jaxhpo.views import charts, page, plots
@@ -125,16 +125,15 @@ def comparison_report(
     """
     header, body = comparison.rows()
     table = page.section("Methods", comparison.note() + ".", page.table(header, body, header[1:]))
-    several = len(comparison.problems) > 1
+    several, shown = len(comparison.problems) > 1, charts.sensible(comparison)
     with page.drawing():
-        figures = [("best_so_far", f": {p}" * several, charts.best_so_far(comparison, p)) for p in comparison.problems]
+        figures = [("best_so_far", f": {p}" * several, charts.best_so_far(comparison, p)) for p in shown]
         figures += [(kind, "", charts.KINDS[kind](comparison)) for kind in ("ranks", "heat_map")]
         pictures = [
             page.picture(f"{kind}-{i}", figure, CHARTS[kind][0] + of, CHARTS[kind][1])
             for i, (kind, of, figure) in enumerate(figures)
         ]
     header, body = comparison.time_rows()
-    caption = "Wall-clock times; the repeats of a method run side by side and share them."
-    times = page.section("Time", caption, page.table(header, body, header[1:]))
+    times = page.section("Time", SHARED.capitalize() + ".", page.table(header, body, header[1:]))
     headline = page.definitions(facts) if facts else ""
     return page.write(path, "Comparison of methods" if title is None else title, headline, table, *pictures, times)

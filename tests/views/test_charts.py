@@ -21,7 +21,7 @@ def runs(losses):
     unit, ids = np.zeros((n, 1), np.float32), np.arange(n, dtype=np.int32)
     hparams = jax.tree.map(np.asarray, SPACE.decode(unit))
     trials = tuple(Records(ids, ids, unit, hparams, 0 * ids, row.astype(np.float32)) for row in losses)
-    return Runs(SPACE, trials, tuple(np.arange(1.0, n + 1) for _ in losses), 1.0, 1e-3, 1e-2, 1.0, 1.0)
+    return Runs(SPACE, trials, tuple(np.arange(1.0, n + 1) for _ in losses), 1.0, 1e-3, 1e-2, 1.0, 1.0, ())
 
 
 def comparison(problems=1):
