@@ -1,17 +1,17 @@
-"""Which method to use: our own methods ranked among themselves on five kinds of problem.
+"""Which method to use: our own methods ranked among themselves on seven kinds of problem.
 
-    python benchmarks/which_method.py --suite SUITE.py --data DATA --rows ROWS                 # all kinds, then the ranking
-    python benchmarks/which_method.py --suite SUITE.py --data DATA --rows ROWS --kinds mixed --only tpe,gp_ei --seeds 5
-    python benchmarks/which_method.py --rows ROWS --score                                      # only the ranking
-    python benchmarks/which_method.py --rows ROWS --check                                      # only what is recommended
+    python benchmarks/which_method.py --suite SUITE.py --data DATA --rows ROWS           # all kinds, then the ranking
+    python benchmarks/which_method.py --suite SUITE.py --data DATA --rows ROWS --kinds mixed --only 'tpe;gp_ei'
+    python benchmarks/which_method.py --rows ROWS --score                                # only the ranking
+    python benchmarks/which_method.py --rows ROWS --check                                # only what is recommended
 
 real                 12 functions of BBOB, 5 dims, 100 evaluations one at a time
-real_long            the same, 5,000 evaluations, populations of 50; 5 seeds
+real_long            the same, 5,000 evaluations, populations of 50
 mixed                4 functions of BBOB's mixed-integer suite, 5 tasks of LCBench, 3 tables of MLPs, 100 evaluations
 categorical          2 tables of FCNet, NAS-Bench-201 on 3 data sets, NAS-Bench-Macro, 100 evaluations
-budgets              5 tasks of LCBench, 52 epochs a trial, at equal epochs, of 20 trials in all (`fidelity_quality.py`)
-differentiable       LCBench's surrogate and training on digits (`gradient_search.py`), 7 and 3 hyperparameters, at a cost of
-                     100 evaluations; a value and gradient costs 4 of them
+budgets              5 tasks of LCBench, 52 epochs a trial, at equal epochs, of 20 trials in all; `fidelity_quality.py`
+differentiable       LCBench's surrogate, 7 hyperparameters, and training on digits, 3 as in `gradient_search.py`, at a
+                     cost of 100 evaluations; a value and gradient costs 4 of them
 differentiable_many  training on digits with 100 to 640 hyperparameters, at a cost of 400 evaluations
 
 ROWS is a folder with a file of rows for each kind, in the form of `quality.py`, to which a run appends; of rows of the
@@ -54,13 +54,13 @@ class Kind(NamedTuple):
 
 SHORT_MARKS = {"30": 2, "50": 4, "100": 9}
 KINDS = {
-    "real": Kind(SHORT_MARKS, 10),
+    "real": Kind(SHORT_MARKS, 5),
     "real_long": Kind({"1,500": 2, "2,500": 4, "5,000": 9}, 5),
-    "mixed": Kind(SHORT_MARKS, 10),
+    "mixed": Kind(SHORT_MARKS, 5),
     "categorical": Kind(SHORT_MARKS, 10),
-    "budgets": Kind({"3 x 52": 2, "5 x 52": 4, "10 x 52": 9, "20 x 52": 19}, 10),
-    "differentiable": Kind(SHORT_MARKS, 10),
-    "differentiable_many": Kind({"40": 0, "100": 1, "200": 4, "400": 9}, 5),
+    "budgets": Kind({"3 x 52": 2, "5 x 52": 4, "10 x 52": 9, "20 x 52": 19}, 5),
+    "differentiable": Kind(SHORT_MARKS, 5),
+    "differentiable_many": Kind({"40": 0, "100": 1, "200": 4, "400": 9}, 3),
 }
 # By kind and mark: the method, as in the README's table.
 RECOMMENDED: dict[str, dict[str, str]] = {}
@@ -84,9 +84,6 @@ SEARCH = {
 GRID = {"grid": lambda space: hpo.grid(space, points=2, batch=1)}
 EXTRA_LONG = {
     "random": lambda space: hpo.random(space, batch=50),
-    "quasirandom": lambda space: hpo.quasirandom(space, batch=50),
-    "regularized_evolution": lambda space: hpo.regularized_evolution(space, batch=10),
-    "reinforce": lambda space: hpo.reinforce(space, batch=50),
     "grid": lambda space: hpo.grid(space, points=5, batch=50),
     "tpe": lambda space: hpo.tpe(space, batch=50),
 }
@@ -107,8 +104,9 @@ DESCENTS_MANY = {
     "gradient, trust_region": lambda space: hpo.gradient(space, TRUST, starts=1),
     "polish(genetic)": lambda space: hpo.polish(hpo.genetic(space, population=10, batch=2), DESCENT, every=1),
 }
-# A Gaussian process of hundreds of dims and slopes is not meant to be fast.
-NOT_MANY = ("gp_ei", "forest", "reinforce")
+# Black-box methods beside the descents. A Gaussian process of hundreds of dims is not meant for it.
+BESIDE = ("random", "quasirandom", "coordinate_descent", "genetic", "differential_evolution", "cma_es", "tpe", "gp_ei")
+BESIDE_MANY = ("random", "coordinate_descent", "genetic", "cma_es", "tpe")
 
 
 def tables(data):
@@ -157,18 +155,20 @@ def run_host(kind, options, path):
     record(problems_of(kind, options), chosen(methods, options), seeds, evaluations, evaluations // 10, path)
 
 
-def run_budgets(options, path):
+def run_budgets(kind, options, path):
     """Training with budgets, and the same training to the end of each trial."""
     weights, tasks, space = load_lcbench(options.suite, options.data)
-    ladder = {"max_steps": EPOCHS, "batch": 1}
+    ladder, rule = {"max_steps": EPOCHS, "batch": 1}, hpo.MedianRule(EPOCHS, every=4)
     stepped = lcbench_methods(space) | {
         "successive_halving": lambda: hpo.successive_halving(space, trials=200, min_steps=1, **ladder),
-        "early_stopping(tpe)": lambda: hpo.early_stopping(hpo.tpe(space, batch=1), hpo.MedianRule(), EPOCHS),
+        "bohb(sampler=gp_ei)": lambda: hpo.bohb(space, **ladder, sampler=hpo.gp_ei),
+        "early_stopping(tpe)": lambda: hpo.early_stopping(hpo.tpe(space, batch=1), rule),
     }
     whole = {n: (lambda n=n: SEARCH[n](space)) for n in ("quasirandom", "tpe", "gp_ei", "forest", "coordinate_descent")}
     for name, build in chosen(stepped | whole, options).items():
         began, method = time.perf_counter(), build()
-        rounds = method.rounds or FULL * (1 if name in whole else EPOCHS)
+        stretch = EPOCHS if name in whole else rule.every if name.startswith("early_stopping") else 1
+        rounds = method.rounds or FULL * EPOCHS // stretch
 
         def one(task, key, method=method, rounds=rounds, name=name):
             trainable = lcbench(weights, task)
@@ -178,7 +178,7 @@ def run_budgets(options, path):
             steps = jnp.where(trace.trials.active, steps, 0)
             return steps, steps if name in whole else trace.reached, trace.losses, final
 
-        seeds = options.seeds or KINDS["budgets"].seeds
+        seeds = options.seeds or KINDS[kind].seeds
         run = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))
         out = jax.device_get(run(tasks, jax.vmap(jax.random.key)(np.arange(seeds))))
         marks = EPOCHS * np.arange(1, FULL + 1)
@@ -223,12 +223,11 @@ def regression(rows, rates, decays, weights, steps=100):
 def splits(number):
     """Training and validation sets of some splits of the digits, a leading axis of splits."""
     found = [digits(seed) for seed in range(number)]
-    size = lambda part: min(len(getattr(d, part)[1]) for d in found)  # noqa: E731
-    stack = (
-        lambda part: tuple(  # noqa: E731
-            jnp.stack([jnp.asarray(getattr(d, part)[i][: size(part)]) for d in found]) for i in (0, 1)
-        )
-    )
+
+    def stack(part):
+        size = min(len(getattr(d, part)[1]) for d in found)
+        return tuple(jnp.stack([jnp.asarray(getattr(d, part)[i][:size]) for d in found]) for i in (0, 1))
+
     return stack("train"), stack("valid")
 
 
@@ -292,13 +291,12 @@ def run_device(kind, options, path):
     """Kinds whose problems are pure functions; a family and all its seeds are one program."""
     many = kind == "differentiable_many"
     cost = MANY if many else 100
-    search = {n: b for n, b in SEARCH.items() if not (many and n in NOT_MANY)}
+    search = {n: SEARCH[n] for n in (BESIDE_MANY if many else BESIDE)}
     methods = chosen(search | (DESCENTS_MANY if many else DESCENTS), options)
     seeds = options.seeds or KINDS[kind].seeds
     keys = jax.vmap(jax.random.key)(np.arange(seeds))
-    for family, (names, arguments, space, objective) in (differentiable_many if many else differentiable)(
-        options
-    ).items():
+    families = differentiable_many(options) if many else differentiable(options)
+    for family, (names, arguments, space, objective) in families.items():
         for name, build in methods.items():
             began, method = time.perf_counter(), build(space)
             price = GRADIENT_COST if method.uses_gradients else 1
@@ -325,9 +323,8 @@ def load(path):
     """Curves of a file of rows, {method: {problem: float[seeds, marks]}}: of methods that have all problems."""
     rows: dict = {}
     for row in map(json.loads, path.open()):
-        rows.setdefault(row["peer"].removeprefix("jaxhpo-"), {}).setdefault(row["problem"], {})[row["seed"]] = row[
-            "best"
-        ]
+        found = rows.setdefault(row["peer"].removeprefix("jaxhpo-"), {})
+        found.setdefault(row["problem"], {})[row["seed"]] = row["best"]
     problems = {p for found in rows.values() for p in found}
     for name in [n for n, found in rows.items() if set(found) != problems]:
         print(f"{path.stem}: {name} is left out: it has {len(rows.pop(name))} of {len(problems)} problems")
@@ -337,10 +334,13 @@ def load(path):
 
 
 def comparisons(losses):
-    """Of pairs of runs on a problem, whether the other is lower, 1/2 where equal: float[methods, seeds, methods, seeds].
+    """Of pairs of runs on a problem, 1 where the other is lower, 1/2 where they are equal, 0 elsewhere.
 
     Args:
-      losses: for each method float[seeds]; where some have fewer seeds than others, NaN fills up what is returned as 0.
+      losses: for each method float[seeds]; some may have fewer seeds than others.
+
+    Returns:
+      float[methods, seeds, methods, seeds], 0 where there is no such seed.
     """
     x = np.full((len(losses), max(map(len, losses))), np.nan)
     for row, found in zip(x, losses, strict=True):
