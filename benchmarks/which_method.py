@@ -161,7 +161,6 @@ def run_budgets(kind, options, path):
     ladder, rule = {"max_steps": EPOCHS, "batch": 1}, hpo.MedianRule(EPOCHS, every=4)
     stepped = lcbench_methods(space) | {
         "successive_halving": lambda: hpo.successive_halving(space, trials=200, min_steps=1, **ladder),
-        "bohb(sampler=gp_ei)": lambda: hpo.bohb(space, **ladder, sampler=hpo.gp_ei),
         "early_stopping(tpe)": lambda: hpo.early_stopping(hpo.tpe(space, batch=1), rule),
     }
     whole = {n: (lambda n=n: SEARCH[n](space)) for n in ("quasirandom", "tpe", "gp_ei", "forest", "coordinate_descent")}
