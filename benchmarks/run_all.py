@@ -137,6 +137,12 @@ BENCHMARKS = [
         "python benchmarks/ask_latency.py",
         "--only tpe --parts latency --asks 4 --slow-asks 1 --sizes 20",
     ),
+    Benchmark(
+        "The methods of the field",
+        "python -m jaxhpo compare --report OUT.html",
+        "--methods random,tpe --trials 4 --repeats 2",
+        "MINUTES",
+    ),
     Benchmark("The demo", "python -m jaxhpo demo --seed 0 --report OUT.html", None, "0.4"),
 ]
 
