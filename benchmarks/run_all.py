@@ -45,13 +45,15 @@ BENCHMARKS = [
         "Trials per second",
         "python benchmarks/trial_throughput.py",
         "--lanes 8 --steps 20 --asks 1 --peer-trials 2 --repeats 1",
+        "0.6",
     ),
     Benchmark(
         "Trials per second",
         "WIDTH=128 python benchmarks/trial_throughput.py",
         "--lanes 8 --steps 20 --asks 1 --peer-trials 2 --repeats 1",
+        "0.8",
     ),
-    Benchmark("Hyperband: lanes in use, memory", "python benchmarks/hyperband.py", ""),
+    Benchmark("Hyperband: lanes in use, memory", "python benchmarks/hyperband.py", "", "0.2"),
     Benchmark(
         "Generations per second of populations",
         "python benchmarks/generations.py --repeats 3 --seconds 0.3",
@@ -96,6 +98,7 @@ BENCHMARKS = [
         "Methods that stop trials early",
         "python benchmarks/fidelity_quality.py --data DATA --taskset --seeds 20",
         "--seeds 1",
+        "0.2",
     ),
     Benchmark(
         "Share of the lanes that train",
@@ -103,14 +106,15 @@ BENCHMARKS = [
         "--parts share,overhead --rounds 5 --width 16 --repeats 1",
     ),
     Benchmark("Population-based training", "python benchmarks/pbt.py", "--seeds 1"),
-    Benchmark("Hypergradients", "python benchmarks/hypergradients.py", "--parts time --steps 50 --repeats 1"),
+    Benchmark("Hypergradients", "python benchmarks/hypergradients.py", "--parts time --steps 100 --repeats 1", "0.6"),
     Benchmark("Hypergradients", "python benchmarks/hypertuning.py", "--trials 20 --steps 20 --seeds 0"),
-    Benchmark("Data cleaning", "python benchmarks/data_cleaning.py", "--splits 1 --outer 3"),
+    Benchmark("Data cleaning", "python benchmarks/data_cleaning.py", "--splits 1 --outer 3", "0.4"),
     Benchmark("Data cleaning", "python benchmarks/data_cleaning.py --data mnist --folder DATA", "--splits 1 --outer 3"),
     Benchmark(
         "Descent against search",
         "python benchmarks/gradient_search.py",
         "--seeds 1 --multiple 4 --methods trust_region",
+        "0.5",
     ),
     Benchmark(
         "Architecture search",
