@@ -1,6 +1,6 @@
 """Every benchmark of RESULTS.md, one after the other, with the wall time of each.
 
-    python benchmarks/run_all.py --suite SUITE.py --data DATA --out FOLDER      # all of them: most of a day on 2 cores
+    python benchmarks/run_all.py --suite SUITE.py --data DATA --out FOLDER      # all of them, which takes hours
     python benchmarks/run_all.py --quick                                        # in small sizes, to see that they run
     python benchmarks/run_all.py --only gradient_search,pbt                     # by parts of commands or of headings
     python benchmarks/run_all.py --contents                                     # the table of contents of RESULTS.md
@@ -63,16 +63,19 @@ BENCHMARKS = [
         "Quality of populations and local search",
         f"python benchmarks/population_quality.py {SUITE}",
         "--only annealing --seeds 1",
+        "1.3",
     ),
     Benchmark(
         "Quality of populations and local search",
         f"python benchmarks/population_quality.py {SUITE} --short",
         "--only annealing --seeds 1",
+        "0.6",
     ),
     Benchmark(
         "Quality of populations and local search",
         f"python benchmarks/population_quality.py {SUITE} --short --name visible_hpo",
         "--only annealing --seeds 1",
+        "0.7",
     ),
     Benchmark(
         "Quality of model-based search",
@@ -93,6 +96,7 @@ BENCHMARKS = [
         "Methods that stop trials early",
         f"python benchmarks/fidelity_quality.py {SUITE} --data DATA",
         "--only asha --seeds 1",
+        "2.2",
     ),
     Benchmark(
         "Methods that stop trials early",
@@ -105,11 +109,13 @@ BENCHMARKS = [
         "python benchmarks/lanes.py",
         "--parts share,overhead --rounds 5 --width 16 --repeats 1",
     ),
-    Benchmark("Population-based training", "python benchmarks/pbt.py", "--seeds 1"),
+    Benchmark("Population-based training", "python benchmarks/pbt.py", "--seeds 1", "1.1"),
     Benchmark("Hypergradients", "python benchmarks/hypergradients.py", "--parts time --steps 100 --repeats 1", "0.6"),
     Benchmark("Hypergradients", "python benchmarks/hypertuning.py", "--trials 20 --steps 20 --seeds 0"),
     Benchmark("Data cleaning", "python benchmarks/data_cleaning.py", "--splits 1 --outer 3", "0.4"),
-    Benchmark("Data cleaning", "python benchmarks/data_cleaning.py --data mnist --folder DATA", "--splits 1 --outer 3"),
+    Benchmark(
+        "Data cleaning", "python benchmarks/data_cleaning.py --data mnist --folder DATA", "--splits 1 --outer 3", "1.7"
+    ),
     Benchmark(
         "Descent against search",
         "python benchmarks/gradient_search.py",
