@@ -1,6 +1,6 @@
 """Every benchmark of RESULTS.md, one after the other, with the wall time of each.
 
-    python benchmarks/run_all.py --suite SUITE.py --data DATA --out FOLDER      # all of them: most of a day on 2 cores
+    python benchmarks/run_all.py --suite SUITE.py --data DATA --out FOLDER      # all of them, which takes hours
     python benchmarks/run_all.py --quick                                        # in small sizes, to see that they run
     python benchmarks/run_all.py --only gradient_search,pbt                     # by parts of commands or of headings
     python benchmarks/run_all.py --contents                                     # the table of contents of RESULTS.md
@@ -45,13 +45,15 @@ BENCHMARKS = [
         "Trials per second",
         "python benchmarks/trial_throughput.py",
         "--lanes 8 --steps 20 --asks 1 --peer-trials 2 --repeats 1",
+        "0.6",
     ),
     Benchmark(
         "Trials per second",
         "WIDTH=128 python benchmarks/trial_throughput.py",
         "--lanes 8 --steps 20 --asks 1 --peer-trials 2 --repeats 1",
+        "0.8",
     ),
-    Benchmark("Hyperband: lanes in use, memory", "python benchmarks/hyperband.py", ""),
+    Benchmark("Hyperband: lanes in use, memory", "python benchmarks/hyperband.py", "", "0.2"),
     Benchmark(
         "Generations per second of populations",
         "python benchmarks/generations.py --repeats 3 --seconds 0.3",
@@ -61,16 +63,19 @@ BENCHMARKS = [
         "Quality of populations and local search",
         f"python benchmarks/population_quality.py {SUITE}",
         "--only annealing --seeds 1",
+        "1.3",
     ),
     Benchmark(
         "Quality of populations and local search",
         f"python benchmarks/population_quality.py {SUITE} --short",
         "--only annealing --seeds 1",
+        "0.6",
     ),
     Benchmark(
         "Quality of populations and local search",
         f"python benchmarks/population_quality.py {SUITE} --short --name visible_hpo",
         "--only annealing --seeds 1",
+        "0.7",
     ),
     Benchmark(
         "Quality of model-based search",
@@ -91,26 +96,31 @@ BENCHMARKS = [
         "Methods that stop trials early",
         f"python benchmarks/fidelity_quality.py {SUITE} --data DATA",
         "--only asha --seeds 1",
+        "2.2",
     ),
     Benchmark(
         "Methods that stop trials early",
         "python benchmarks/fidelity_quality.py --data DATA --taskset --seeds 20",
         "--seeds 1",
+        "0.2",
     ),
     Benchmark(
         "Share of the lanes that train",
         "python benchmarks/lanes.py",
         "--parts share,overhead --rounds 5 --width 16 --repeats 1",
     ),
-    Benchmark("Population-based training", "python benchmarks/pbt.py", "--seeds 1"),
-    Benchmark("Hypergradients", "python benchmarks/hypergradients.py", "--parts time --steps 50 --repeats 1"),
+    Benchmark("Population-based training", "python benchmarks/pbt.py", "--seeds 1", "1.1"),
+    Benchmark("Hypergradients", "python benchmarks/hypergradients.py", "--parts time --steps 100 --repeats 1", "0.6"),
     Benchmark("Hypergradients", "python benchmarks/hypertuning.py", "--trials 20 --steps 20 --seeds 0"),
-    Benchmark("Data cleaning", "python benchmarks/data_cleaning.py", "--splits 1 --outer 3"),
-    Benchmark("Data cleaning", "python benchmarks/data_cleaning.py --data mnist --folder DATA", "--splits 1 --outer 3"),
+    Benchmark("Data cleaning", "python benchmarks/data_cleaning.py", "--splits 1 --outer 3", "0.4"),
+    Benchmark(
+        "Data cleaning", "python benchmarks/data_cleaning.py --data mnist --folder DATA", "--splits 1 --outer 3", "1.7"
+    ),
     Benchmark(
         "Descent against search",
         "python benchmarks/gradient_search.py",
         "--seeds 1 --multiple 4 --methods trust_region",
+        "0.5",
     ),
     Benchmark(
         "Architecture search",
