@@ -1,7 +1,8 @@
 """Every method on the same problem at the same cost, each several times as one program."""
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,9 +100,10 @@ def compare(
     if not problems:
         raise ValueError(f"problem must have at least one problem, got {problem!r}")
     tasks = {_name("problem", name): _task(value, trials, steps, cost) for name, value in problems.items()}
-    for task in tasks.values():
+    for name, task in tasks.items():
         for label, method in named.items():
-            _check(task, label, method, lanes)
+            with _noted(label, name):
+                _check(task, label, method, lanes)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(repeats))
     runs: dict[str, dict[str, Runs]] = {}
     begun = time.perf_counter()
@@ -117,17 +119,25 @@ def compare(
 
                 show(0.0)
                 run = _external if isinstance(task.problem, External) else _device
-                try:
+                with _noted(label, name):
                     runs[name][label] = run(task, method, keys, lanes, show)
-                except ValueError as error:
-                    error.add_note(f"This came up in {label!r} on {name!r}.")
-                    raise
     return Comparison(runs, {n: t.budget for n, t in tasks.items()}, {n: t.unit for n, t in tasks.items()})
+
+
+@contextlib.contextmanager
+def _noted(method: str, problem: str) -> Iterator[None]:
+    """Errors say which method on which problem they came from."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This came up in {method!r} on {problem!r}.")
+        raise
 
 
 def _named(methods: Any) -> dict[str, Method]:
     if isinstance(methods, Method | str) or not isinstance(methods, Mapping | Sequence):
-        raise TypeError(f"methods must be a list or a dict of methods, got {methods!r}; put it in a list")
+        given = f"the method '{methods.name}'" if isinstance(methods, Method) else repr(methods)
+        raise TypeError(f"methods must be a list or a dict of methods, got {given}; put it in a list")
     pairs = list(methods.items()) if isinstance(methods, Mapping) else [(getattr(m, "name", ""), m) for m in methods]
     if not pairs:
         raise ValueError("methods must have at least one method, got none")

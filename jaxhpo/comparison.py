@@ -213,8 +213,7 @@ class Comparison:
             row = [name, f"{found.mean[i]:.2f}", interval]
             for problem in self.problems:
                 last = self._curves[problem][i, :, -1]
-                # Between a number and +inf there is no middle, so the upper one counts.
-                low, median, high = np.quantile(last, (0.25, 0.5, 0.75), method="higher")
+                low, median, high = quantiles(last, (0.25, 0.5, 0.75))
                 begun = any(_affordable(cost, self.budget[problem]).any() for cost in self.runs[problem][name].cost)
                 row += [_loss(median, begun), f"{_loss(low, begun)}–{_loss(high, begun)}"]
             body.append([*row, f"{self.spent(name):.0%}", f"{self._mean('lanes_used', name):.0%}"])
@@ -360,6 +359,13 @@ def ranks(best: np.ndarray) -> Ranks:
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     lowest = np.isclose(drawn, drawn.min(1, keepdims=True))
     return Ranks(_mean_ranks(best), low, high, (lowest / lowest.sum(1, keepdims=True)).mean(0))
+
+
+def quantiles(losses: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
+    """f64[shares, ...] of losses f64[repeats, ...]; between a number and +inf there is no middle, so that is +inf."""
+    upper = np.quantile(losses, shares, axis=0, method="higher")
+    finite = np.where(np.isfinite(losses), losses, np.finfo(float).max / 4)
+    return np.where(np.isfinite(upper), np.quantile(finite, shares, axis=0), np.inf)
 
 
 def _loss(value: float, begun: bool) -> str:

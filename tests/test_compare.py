@@ -13,7 +13,7 @@ import pytest
 
 import jaxhpo as hpo
 from jaxhpo.__main__ import main
-from jaxhpo.comparison import ranks
+from jaxhpo.comparison import quantiles, ranks
 from jaxhpo.engine.repeats import Price, _Runner
 from tests.one_plus_one import one_plus_one
 from tests.problems import MIXED, Counter
@@ -276,11 +276,18 @@ def test_tables_say_what_was_measured():
     assert header[:3] == ["method", "mean rank", "90% interval"] and body[0][0] == "coordinate_descent"
     assert float(body[0][1]) == pytest.approx(spheres().ranks().mean[1], abs=5e-3)
     last = np.sort(spheres().best_so_far("coordinate_descent", "sphere")[1][:, -1])
-    # Of four values the upper one of the two in the middle, and no mean of a number and infinity.
-    assert body[0][3] == f"{last[2]:.3g}" and body[0][4] == f"{last[1]:.3g}–{last[3]:.3g}"
+    low, high = last[0] + 0.75 * (last[1] - last[0]), last[2] + 0.25 * (last[3] - last[2])
+    assert body[0][3] == f"{(last[1] + last[2]) / 2:.3g}" and body[0][4] == f"{low:.3g}–{high:.3g}"
     _, times = spheres().time_rows()
     assert [row[0] for row in times] == ["coordinate_descent", "random"]
     assert all(float(ask) > 0 and float(trial) > 0 for _, ask, trial, *_ in times)
+
+
+def test_quantiles_of_failures_are_failures():
+    losses = np.array([1.0, 3.0, np.inf, 2.0, np.inf])
+    # Of five the middle one is a number, and what lies between that and infinity is not.
+    assert quantiles(losses, (0.0, 0.25, 0.5, 0.6, 0.75)).tolist() == [1.0, 2.0, 3.0, np.inf, np.inf]
+    assert quantiles(np.array([1.0, 2.0]), (0.5,)).tolist() == [1.5]
 
 
 def test_comparisons_join():
@@ -366,6 +373,7 @@ BAD = {
     "got 'random'": {"methods": "random"},
     "names in methods must be strings, got 1": {"methods": {1: hpo.random(SPHERE)}},
     "names in problem must be strings, got 2": {"problem": {2: sphere}},
+    "got the method 'random'; put it in a list": {"methods": hpo.random(SPHERE, batch=2)},
     "gradient_cost must be in [1, 100], got inf": {"gradient_cost": np.inf},
     "the budget of 3 trials is below what one trial of 'slope' costs, 4": {
         "methods": {"slope": hpo.gradient(SPHERE, optax.adam(0.1))},

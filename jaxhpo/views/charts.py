@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxhpo.comparison import Comparison
+from jaxhpo.comparison import Comparison, quantiles
 from jaxhpo.views import scales
 from jaxhpo.views.plots import axes, style
 from jaxhpo.views.scales import BAD, GOOD, INK, WINNER
@@ -39,8 +39,8 @@ def best_so_far(
     """
     problem = comparison.problems[0] if problem is None and len(comparison.problems) == 1 else problem
     curves = {name: comparison.best_so_far(name, problem) for name in comparison.methods}
-    medians = {name: _quantile(best, 0.5) for name, (_, best) in curves.items()}
-    finite = np.concatenate([m[np.isfinite(m)] for m in medians.values()])
+    quartiles = {name: quantiles(best, (0.25, 0.5, 0.75)) for name, (_, best) in curves.items()}
+    finite = np.concatenate([m[np.isfinite(m)] for _, m, _ in quartiles.values()])
     if not len(finite):
         raise ValueError(f"there is nothing to show: no method on {problem!r} has a finite loss in the median")
     names = comparison.order(problem)
@@ -49,15 +49,13 @@ def best_so_far(
         scale = scales.LossScale.of(finite)
         ends = {}
         for place, name in reversed(list(enumerate(names))):
-            cost, best = curves[name]
+            cost, (low, median, high) = curves[name][0], (_clipped(q, scale) for q in quartiles[name])
             look = _look(place, highlight)
             if place < highlight:
-                low, high = (_clipped(_quantile(best, q), scale) for q in (0.25, 0.75))
                 axis.fill_between(cost, low, high, step="post", color=look["color"], alpha=0.13, linewidth=0)
-            line = _clipped(medians[name], scale)
-            axis.step(cost, line, where="post", **look)
-            if np.isfinite(line[-1]):
-                ends[name] = float(line[-1])
+            axis.step(cost, median, where="post", **look)
+            if np.isfinite(median[-1]):
+                ends[name] = float(median[-1])
         scale.apply(axis)
         _name_ends(axis, ends, names, highlight, curves[names[0]][0][-1])
         axis.set_xlabel(comparison.unit[str(problem)])
@@ -138,7 +136,7 @@ def heat_map(comparison: Comparison, ax: "Axes | None" = None) -> "Figure":
 
 def sensible(comparison: Comparison) -> list[str]:
     """The problems on which some method had a finite loss in the median."""
-    last = lambda p: [_quantile(comparison.best_so_far(m, p)[1][:, -1:], 0.5) for m in comparison.methods]  # noqa: E731
+    last = lambda p: [quantiles(comparison.best_so_far(m, p)[1][:, -1], (0.5,)) for m in comparison.methods]  # noqa: E731
     return [problem for problem in comparison.problems if np.isfinite(last(problem)).any()]
 
 
@@ -149,10 +147,6 @@ def _look(place: int, highlight: int) -> dict[str, Any]:
     if place < highlight:
         return {"color": COLOURS[place % len(COLOURS)], "linewidth": 2.2 if place == 0 else 1.7, "zorder": 5}
     return {"color": BAD, "linewidth": 0.8, "zorder": 2}
-
-
-def _quantile(best: np.ndarray, share: float) -> np.ndarray:
-    return np.quantile(best, share, axis=0, method="higher")
 
 
 def _clipped(losses: np.ndarray, scale: scales.LossScale) -> np.ndarray:
