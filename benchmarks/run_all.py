@@ -151,7 +151,7 @@ BENCHMARKS = [
         "The methods of the field",
         "python -m jaxhpo compare --report OUT.html",
         "--methods random,tpe --trials 4 --repeats 2",
-        "3.2, busy",
+        "3.0",
     ),
     Benchmark("The demo", "python -m jaxhpo demo --seed 0 --report OUT.html", None, "0.4"),
 ]
